@@ -139,7 +139,7 @@ from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -252,7 +252,7 @@ class Settings:
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
-    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens", "off")
+    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens at most", "off")
     forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
@@ -910,13 +910,16 @@ def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
     return reader
 
 
+WRITTEN_AT_ONCE = 8  # items of a list
+
+
 def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as `json.dumps` writes it, with a call into C for each value and each item of a list, so that other
-    threads run in between."""
+    """A JSON object as `json.dumps` writes it, with a call into C for each value and each few items of a list, so that
+    other threads run in between."""
     parts = []
     for name, part in value.items():
         if isinstance(part, list | tuple):
-            written = f"[{', '.join([json.dumps(item) for item in part])}]"
+            written = f"[{', '.join([json.dumps(some)[1:-1] for some in batches(part, WRITTEN_AT_ONCE)])}]"
         else:
             written = json.dumps(part)
         parts.append(f"{json.dumps(name)}: {written}")
@@ -1012,6 +1015,18 @@ def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
         return text or ""
     words = " ".join(UNSEEN.sub("", text).split())[:limit]
     return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
+
+
+def once(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that makes a value at its first call, for one thread at a time."""
+    lock, kept = threading.Lock(), functools.cache(make)
+
+    def made() -> Any:
+        """The value."""
+        with lock:
+            return kept()
+
+    return made
 
 
 def chat_message(role: str, content: str, name: str | None = None) -> dict:
@@ -1335,7 +1350,7 @@ class ChatRequest:
     aside: str = ""
     merges: bool = False
 
-    @property
+    @functools.cached_property
     def newest_user(self) -> int | None:
         """The index in `turns` of the newest user message that is not hidden."""
         places = reversed(range(len(self.turns)))
@@ -1346,7 +1361,7 @@ class ChatRequest:
         """The index in `turns` where the history begins: 1 where the first turn is kept as the persona, else 0."""
         return int(self.persona_in_first_turn and len(self.turns) > 1)
 
-    @property
+    @functools.cached_property
     def system_later(self) -> bool:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
@@ -1357,7 +1372,7 @@ class ChatRequest:
         """Whether this is one message without a history: the beginning of a chat, or a call of a program."""
         return len(self.turns) == 1 and not self.identity.has_metadata
 
-    @property
+    @functools.cached_property
     def prefixed(self) -> bool:
         """Whether a text begins with what may be a speaker's name, and is not taken for one yet."""
         return any(SPEAKER_PREFIX.match(t.content) for t in self.turns if not t.voice)
@@ -1368,7 +1383,7 @@ class ChatRequest:
         wanted = self.body.get("response_format")
         return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
-    @property
+    @functools.cached_property
     def by_turns(self) -> bool:
         """Whether no two neighbours in what the client shows are by one side."""
         roles = [turn.role for turn in self.turns if not turn.hidden]
@@ -1379,7 +1394,7 @@ class ChatRequest:
         """Whether the system prompt stands in the user's first message."""
         return self.history_start > 0 or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
 
-    @property
+    @functools.cached_property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
@@ -1509,6 +1524,11 @@ class PromptReport:
     ratio: float = 1.0  # how many tokens the model counts for one of ours, where those are more
     limit: int = 0  # tokens: the context length that the model itself has named, refusing a prompt; 0: it has not
     outcome: str = ""  # how the turn ended, where that was not with a reply: an outcome of the metrics
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Its JSON."""
+        return json.dumps(vars(self))  # plain data: `asdict` would copy all of it
 
 
 @dataclass(frozen=True)
@@ -3284,7 +3304,9 @@ SLICE_BESIDE_TURNS, CHATTING = 0.012, 30.0
 SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
-SAME_VALUES = 1e-4  # up to which what a traced transformer gives is rounded in another way
+SAME_VALUES = 1e-3  # up to which what a traced model gives is rounded in another way: cosines stay above 0.9999
+# What transformers name the rows of a text's tokens, and `tokenizers` does.
+TOKEN_ROWS = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -3530,7 +3552,7 @@ class Embedder:
         self._model = faster(self._model)
         self._note_words()  # of the copy: the first table would keep the other model in RAM
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
-            trace_transformer(self._model)
+            self._model = TracedModel(self._model)
         give_memory_back()
 
     def _work(self, job: EncodingJob) -> None:
@@ -3569,6 +3591,12 @@ def tells_queries_apart(model: Any) -> bool:
     return any(model.prompts.values()) or any(hasattr(module, "sub_modules") for module in model.children())
 
 
+def own_tokenizer(model: Any) -> Any:
+    """A copy of a model's tokenizer (`tokenizers.Tokenizer`): the model's own is at work in another thread."""
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+    return type(tokenizer).from_str(tokenizer.to_str())
+
+
 class WordVectors:
     """Vectors of single words, out of the table that a model begins to read with: words that mean alike things have
     alike rows, and a look-up runs no model. Only of words that are a row of their own: one that the model reads in
@@ -3584,8 +3612,7 @@ class WordVectors:
 
         tables = [m.weight for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
         self._table = max(tables, key=len).detach()  # that of positions and such are shorter
-        tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
-        self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the model's own is at work in another thread
+        self._tokenizer = own_tokenizer(model)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         rows = self._rows(np.linspace(0, len(self._table) - 1, min(TABLE_SAMPLE, len(self._table))).astype(np.int64))
@@ -3651,41 +3678,69 @@ def faster(model: Any) -> Any:
     return model
 
 
-def trace_transformer(model: Any) -> None:
-    """Has a model's transformer run as one program (torch.jit.trace), where its vectors stay what they were.
+class TracedModel:
+    """A sentence-transformers model as one program (torch.jit.trace), from token ids to unit vectors.
 
-    Between its operations there is no Python then: a short text takes a quarter less, and other threads can work
-    meanwhile. Raises whatever a transformer does that cannot be traced.
+    There is no Python between its operations, and none of what `SentenceTransformer.encode` does around them for any
+    model: a short text takes half of the time, and other threads work meanwhile.
     """
-    import torch
 
-    transformer, samples = model[0].model, [model.preprocess([text]) for text in SAMPLES]
-    names = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
-    transformer.requires_grad_(False)
+    def __init__(self, model: Any):
+        """Raises `ValueError` where its vectors are not the model's own, and whatever a model does that cannot be
+        traced or has no tokenizer of the `tokenizers` package."""
+        import torch
 
-    def hidden(*tensors: Any) -> Any:
-        """The last layer's output."""
-        return transformer(**dict(zip(names, tensors, strict=True)))[0]
+        self.prompts = model.prompts
+        self._tokenizer = own_tokenizer(model)
+        self._tokenizer.enable_truncation(model.max_seq_length)
+        # oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
+        pad = {"pad_id": model.tokenizer.pad_token_id, "pad_token": model.tokenizer.pad_token}
+        self._tokenizer.enable_padding(pad_to_multiple_of=TOKEN_STEP, **pad)
+        names = [name for name, value in model.preprocess(["?"]).items() if isinstance(value, torch.Tensor)]
+        self._rows = [TOKEN_ROWS[name] for name in names]
+        model.requires_grad_(False)
 
-    inputs = [[some[name] for name in names] for some in samples]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
-        traced = torch.jit.trace(hidden, tuple(inputs[-1]), check_trace=False)
-        same = all(torch.allclose(hidden(*some), traced(*some), atol=SAME_VALUES) for some in inputs)
-    if same:
-        transformer.forward = functools.partial(run_padded, traced, names)
+        def unit(*tensors: Any) -> Any:
+            """The vectors of padded token ids."""
+            made = model(dict(zip(names, tensors, strict=True)))["sentence_embedding"]
+            return torch.nn.functional.normalize(made.float(), dim=1)
 
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
+            self._program = torch.jit.trace(unit, self._inputs(SAMPLES[-1:]), check_trace=False)
+        for some in (SAMPLES, *([text] for text in SAMPLES)):
+            own, made = (unit_vectors(one, some, some) for one in (model, self))
+            if made.shape != own.shape or not np.allclose(made, own, atol=SAME_VALUES):
+                raise ValueError("the traced model gives other vectors")
 
-def run_padded(traced: Callable, names: Sequence[str], **given: Any) -> dict:
-    """What a traced transformer makes of its inputs, each int64 [texts, tokens], filled up to one of a few lengths.
+    def _inputs(self, texts: Sequence[str]) -> tuple:
+        import torch
 
-    oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
-    """
-    import torch
+        read = self._tokenizer.encode_batch(list(texts)) if len(texts) > 1 else [self._tokenizer.encode(texts[0])]
+        return tuple(torch.tensor([getattr(one, row) for one in read]) for row in self._rows)
 
-    count = given[names[0]].shape[1]
-    filled = [torch.nn.functional.pad(given[name], (0, -count % TOKEN_STEP)) for name in names]
-    return {"last_hidden_state": traced(*filled)[:, :count]}
+    def encode(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """Unit vectors of texts, float32 [texts, dimensions]."""
+        import torch
+
+        with torch.inference_mode():
+            return self._program(*self._inputs(texts)).numpy()
+
+    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """The same of queries, behind the model's prompt for them."""
+        return self._prompted(texts, "query")
+
+    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """The same of documents, behind the model's prompt for them."""
+        return self._prompted(texts, "document", "passage", "corpus")
+
+    def _prompted(self, texts: Sequence[str], *names: str) -> np.ndarray:
+        prompt = next((self.prompts[name] for name in names if self.prompts.get(name)), "")
+        return self.encode([prompt + text for text in texts])
+
+    def children(self) -> list:
+        """No modules: `unit_vectors` looks there for what sentence-transformers routes queries through."""
+        return []
 
 
 def linear_in_bfloat16(layer: Any, given: Any) -> Any:
@@ -3967,6 +4022,14 @@ FRONT = 64  # how far into a transcript a changed front is looked for
 SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
+def fork_of(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many messages two branches, as ids, share. A message's id stands for all above it, so the ends tell."""
+    shared = min(len(one), len(other))
+    while shared and one[shared - 1] != other[shared - 1]:
+        shared -= 1
+    return shared
+
+
 class Tree:
     """A chat's messages as a tree in RAM; no I/O."""
 
@@ -3980,6 +4043,8 @@ class Tree:
         self._inner: set[str] = set()  # messages with a confirmed message below them
         self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
         self._line: list[Node] = []  # its nodes
+        self._path: tuple[str, ...] = ()  # what was last told of them: copying a long branch takes a millisecond
+        self._branch: tuple[Node, ...] = ()
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -4003,7 +4068,7 @@ class Tree:
             self.children[node.parent].append(node.id)
         else:
             if self._trail[node.depth : node.depth + 1] == [node.id]:
-                self._line[node.depth] = node
+                self._line[node.depth], self._branch = node, ()
             if node.id in (waiting := self.replies.get(node.parent, ())):
                 waiting.remove(node.id)
             self._confirmed -= old.confirmed
@@ -4055,7 +4120,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail, self._line = [], []
+            self._trail, self._line, self._path, self._branch = [], [], (), ()
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -4064,9 +4129,12 @@ class Tree:
             found += self.children.get(upper, ())
         return found
 
-    def path(self, tip: str) -> list[str]:
+    def path(self, tip: str) -> tuple[str, ...]:
         """Ids from the chat's first message to `tip`; empty for the root."""
-        return self._walked(tip)[: self.length(tip)]
+        trail, length = self._walked(tip), self.length(tip)
+        if len(self._path) != length:
+            self._path = tuple(trail[:length])
+        return self._path
 
     def length(self, tip: str) -> int:
         """How many messages a branch has."""
@@ -4087,17 +4155,23 @@ class Tree:
             kept = self.length(tip)
             trail[kept:] = ids[::-1]
             self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
+            self._path = self._path if len(self._path) <= kept else ()
+            self._branch = self._branch if len(self._branch) <= kept else ()
         return trail
 
-    def branch(self, tip: str) -> list[Node]:
+    def branch(self, tip: str) -> tuple[Node, ...]:
         """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
         self._walked(tip)
-        return self._line[: self.length(tip)]
+        if len(self._branch) != self.length(tip):
+            self._branch = tuple(self._line[: self.length(tip)])
+        return self._branch
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
-        found = [i for i in self.children.get(node, ()) if self.nodes[i].digest == digest]
-        return next((i for i in found if self.nodes[i].confirmed), found[-1] if found else ROOT)
+        found = [n for i in self.children.get(node, ()) if (n := self.nodes[i]).digest == digest]
+        if len(found) > 1:
+            found = [n for n in found if n.confirmed][:1] or found[-1:]
+        return found[0].id if found else ROOT
 
     def siblings(self, node: str) -> list[str]:
         """The other messages in that one's place, oldest first: swipes, and what edits have replaced."""
@@ -4264,8 +4338,8 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     branch.
     """
     exact = exact_start(tree, digests, head)
-    if exact and (len(exact.kept) == len(digests) or goes_on(exact, digests, head)):
-        return exact
+    if exact and (goes_on(exact, digests, head) or not any(same_text(tree, d) for d in digests[len(exact.kept) :])):
+        return exact  # what follows is nowhere in the chat
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
@@ -5572,7 +5646,7 @@ class ChatStore:
                 gone = [f"g:{generation - KEPT_GENERATIONS}", *(f"m:{message}" for message in dropped)]
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    values[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
+                    values[f"p:{number}"] = report.text
                     gone.append(f"p:{number - KEPT_REPORTS}")
                 values[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 values["generation"] = generation
@@ -6410,25 +6484,47 @@ def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
     return low
 
 
-def running_max(values: np.ndarray, reach: int) -> np.ndarray:
-    """The largest of each value and those up to `reach` places beside it, along the last axis (same shape)."""
-    width, out = 1, np.zeros((*values.shape[:-1], values.shape[-1] + 2 * reach), values.dtype)
-    out[..., reach : reach + values.shape[-1]] = values
+def within_reach(values: np.ndarray, reach: int, join: np.ufunc = np.maximum) -> np.ndarray:
+    """The largest of each value and those up to `reach` places beside it, [n] as `values`; by `np.bitwise_or` all bits
+    that any of them has."""
+    width, out = 1, np.zeros(len(values) + 2 * reach, values.dtype)
+    out[reach : reach + len(values)] = values
     while width < 2 * reach + 1:  # doubling: six steps for any reach up to 32
         step = min(width, 2 * reach + 1 - width)
-        out = np.maximum(out[..., :-step], out[..., step:])
+        out = join(out[:-step], out[step:])
         width += step
     return out
 
 
-def displaced(values: np.ndarray, places: int) -> np.ndarray:
-    """The values shifted towards the end by `places` (towards the start where negative), 0 where nothing was."""
-    out = np.zeros_like(values)
-    if places >= 0:
-        out[places:] = values[: max(0, len(values) - places)]
-    else:
-        out[:places] = values[-places:]
-    return out
+class Column:
+    """An array that grows and shrinks at its end. It keeps a quarter of spare room, so that what is added costs little
+    however long it is; `values` are to be read before the next change."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._room = np.zeros(0, dtype)
+        self.values = self._room
+
+    def extend(self, values: Any) -> None:
+        """Adds items; the first ones decide upon their shape."""
+        start, fresh = len(self.values), np.asarray(values, self._room.dtype)
+        end = start + len(fresh)
+        if not len(self._room):
+            self._room = fresh.copy()
+        elif end > len(self._room):
+            room = np.empty((max(end, 5 * len(self._room) // 4, 64), *self._room.shape[1:]), self._room.dtype)
+            room[:start] = self.values
+            self._room = room
+        self._room[start:end] = fresh
+        self.values = self._room[:end]
+
+    def cut(self, count: int) -> None:
+        """Keeps the first items."""
+        self.values = self.values[:count]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in RAM."""
+        return self._room.nbytes
 
 
 NOISE_SAMPLE = 256
@@ -6485,27 +6581,28 @@ class Evidence:
 
     cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, about the mean of those that have
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
-    terms: np.ndarray  # float32 [w, n]: BM25 by word
+    bm25: np.ndarray  # float32 [n], of the whole query
+    said: np.ndarray  # uint32 [n]: which of the query's words it says, one bit each
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
     akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
-    story_days: np.ndarray  # int [n]: on which day of the story, as it was told last; 0 before any is told
+    days_told: np.ndarray  # int [n]: the day of the story that it names itself; 0 for most
     traits: Mapping[str, np.ndarray]  # float32 [n] by name, see TRAITS; and `substance`, see `MemoryIndex.substance`
     names: Sequence[str]  # the speakers, in lower case
     coherence: float  # 0 to 1, see `MemoryIndex.coherence`
     trust: float = 1.0  # in cosines, LEAST_TRUST to 1, see `MemoryIndex.trust`; 0 where there are none
 
-    @functools.cached_property
-    def raw_lexical(self) -> np.ndarray:
-        """BM25 of the whole query, float32 [n]."""
-        return self.terms.sum(axis=0)
+    @property
+    def story_days(self) -> np.ndarray:
+        """On which day of the story it was said, as that was told last, int [n]; 0 before any is told."""
+        return np.where(self.days_told, self.days_told, np.maximum.accumulate(self.days_told))
 
     @functools.cached_property
     def lexical(self) -> np.ndarray:
         """BM25 as a share of the best message's, float32 [n], 0 to 1."""
         floor = min(LEXICAL_FLOOR, SHORT_CHAT * idf(len(self.cosine), 1))  # in a short chat no word is rare
-        return self.raw_lexical / max(float(self.raw_lexical.max(initial=0.0)), floor)
+        return self.bm25 / np.float32(max(float(self.bm25.max(initial=0.0)), floor))
 
     @functools.cached_property
     def nearness(self) -> float:
@@ -6513,15 +6610,14 @@ class Evidence:
         it is depends on how the question is put."""
         return self.trust / max(float(self.sentence.max(initial=0.0)), 1.0)
 
-    @functools.cached_property
-    def said(self) -> np.ndarray:
-        """Whether each message says each of the query's words, bool [w, n]."""
-        return self.terms > 0
-
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max(self.said, reach).astype(np.float32)
-        return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
+        said, shares = within_reach(self.said, reach, np.bitwise_or), np.zeros(len(self.said), np.float32)
+        for first in range(0, len(self.rarity), 8):  # by eight words: what each of their 256 sets counts
+            some = self.rarity[first : first + 8]
+            sets = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=len(some), bitorder="little")
+            shares += (sets @ some)[(said >> np.uint32(first)).astype(np.uint8)]
+        return shares / np.float32(max(float(self.rarity.sum()), 1e-6))
 
 
 class VectorTable:
@@ -6534,16 +6630,10 @@ class VectorTable:
     def __init__(self, exact: bool) -> None:
         self._flat: Any = None
         self._exact = exact
-        self._codes = np.zeros((0, 0), np.int8)  # by position, as the next two; they grow by a quarter
-        self._scales = np.zeros(0, np.float32)
-        self._rows = np.zeros(0, np.int64)
+        self._codes, self._scales, self._rows = Column(np.int8), Column(np.float32), Column(np.int64)  # by position
         self.count = 0
+        self.size = 0  # the vectors' dimensions; 0 before there are any
         self._vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
-
-    @property
-    def size(self) -> int:
-        """The vectors' dimensions; 0 before there are any."""
-        return self._codes.shape[1]
 
     @property
     def bytes(self) -> int:
@@ -6552,15 +6642,11 @@ class VectorTable:
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
-        first, self.count = self.count, self.count + len(vectors)
-        if self.count > len(self._rows):
-            room = self.count if not first else max(self.count, 5 * len(self._rows) // 4, 64)
-            self._codes = resized(self._codes.reshape(-1, vectors.shape[1]), room)
-            self._scales, self._rows = resized(self._scales, room), resized(self._rows, room)
+        first, self.count, self.size = self.count, self.count + len(vectors), vectors.shape[1]
         scales = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-9)) / np.float32(127)
-        self._codes[first : self.count] = np.rint(vectors / scales[:, None])
-        self._scales[first : self.count] = scales
-        self._rows[first : self.count] = rows
+        self._codes.extend(np.rint(vectors / scales[:, None]))
+        self._scales.extend(scales)
+        self._rows.extend(rows)
         if self._exact:
             import faiss
 
@@ -6574,7 +6660,7 @@ class VectorTable:
         """The vectors at those positions, float32 [n, dimensions]; where they are not exact, as they are scored."""
         if self._exact:
             return self._vectors[positions]
-        return self._codes[positions] * self._scales[positions, None]
+        return self._codes.values[positions] * self._scales.values[positions, None]
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
         """Cosine of a query and the best vector of each of so many rows, float32 [rows]; -inf where a row has none."""
@@ -6583,17 +6669,10 @@ class VectorTable:
             scale = max(float(np.abs(query).max()), 1e-9) / 127
             asked = np.rint(query / scale).astype(np.int8)[None]
             # FAISS's search would sort all messages, and every one's score is wanted.
-            products = simsimd.cdist(asked, self._codes[: self.count], "dot", out_dtype="f32")
-            cosines = np.asarray(products)[0] * (self._scales[: self.count] * np.float32(scale))
-            np.maximum.at(best, self._rows[: self.count], cosines)
+            products = simsimd.cdist(asked, self._codes.values, "dot", out_dtype="f32")
+            cosines = np.asarray(products)[0] * (self._scales.values * np.float32(scale))
+            np.maximum.at(best, self._rows.values, cosines)
         return best
-
-
-def resized(array: np.ndarray, count: int) -> np.ndarray:
-    """A longer array that begins with the same items."""
-    out = np.empty((count, *array.shape[1:]), array.dtype)
-    out[: len(array)] = array
-    return out
 
 
 @dataclass(frozen=True)
@@ -6658,8 +6737,6 @@ def usual_language(languages: Counter[str]) -> str:
 UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
 # Of how many messages its words' rarity is known, that, and how much of it a message of substance has.
 UNWEIGHED = -1, np.ones(1, np.float32), 1.0
-# A MemoryIndex's arrays with an item for each message of the branch.
-BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
 
 class MemoryIndex:
@@ -6679,20 +6756,22 @@ class MemoryIndex:
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
-        self._nodes: list[Node] = []  # the branch
+        self._nodes: tuple[Node, ...] = ()  # the branch
         self._hashes: list[str] = []
-        self._traits = np.zeros((0, len(TRAITS)), np.float32)
-        self._row_at = np.zeros(0, np.int64)
-        self._speaker_at = np.zeros(0, np.int64)
-        self._days = np.zeros(0)
-        self._story_days = np.zeros(0, np.int64)  # what a message says itself; 0 for most
+        self._row_at, self._speaker_at, self._days = Column(np.int64), Column(np.int64), Column(np.float64)
+        self._story_days = Column(np.int64)  # what a message says itself; 0 for most
         self._vocabulary: dict[str, int] = {}  # words with a topic -> their number
-        self._topic_counts = np.zeros(0, np.int64)  # how many of them each message has
-        self._topics = np.zeros(0, np.int64)  # their numbers, one message's after the other's
-        self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
-        self._spaced = np.zeros(0, bool)  # likewise, whether it stands between spaces
-        self._whole = np.zeros(0, bool)  # and whether it is also a row of its own in the embedder's table
-        self._substance = np.zeros(0, np.float32)  # of the branch's first messages, as far as it was asked for
+        self._topic_counts = Column(np.int64)  # how many of them each message has
+        self._traits = {name: Column(np.float32) for name in TRAITS}
+        # One item for each message of the branch.
+        self._columns = (
+            self._row_at, self._speaker_at, self._days, self._story_days, self._topic_counts, *self._traits.values()
+        )  # fmt: skip
+        self._topics = Column(np.int64)  # their numbers, one message's after the other's
+        self._word_vectors = Column(np.float32)  # by those numbers, as far as they were asked for
+        self._spaced = Column(bool)  # likewise, whether it stands between spaces
+        self._whole = Column(bool)  # and whether it is also a row of its own in the embedder's table
+        self._substance = Column(np.float32)  # of the branch's first messages, as far as it was asked for
         self._weighed = UNWEIGHED  # what it was made with
         self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # see `look_up`; until the branch changes
         self.speakers: dict[str, str] = {}  # in lower case -> role
@@ -6717,6 +6796,7 @@ class MemoryIndex:
         """
         if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
             self._clear()
+        nodes = tuple(nodes)
         kept = shared_front(self._nodes, nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
@@ -6724,24 +6804,23 @@ class MemoryIndex:
         self._languages -= Counter(self._spoken[kept:])
         if kept < self._measured[0]:
             self._measured = UNMEASURED
-        self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], self._substance[:kept]
+        self._topics.cut(len(self._topics.values) - self._topic_counts.values[kept:].sum())
         if kept < self._weighed[0]:
             self._weighed = UNWEIGHED
         self._looked_up = None
-        for name in BRANCH_ARRAYS:
-            setattr(self, name, getattr(self, name)[:kept])
+        for column in (*self._columns, self._substance):
+            column.cut(kept)
         # They are numbered as they first spoke.
-        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
+        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
         fresh = nodes[kept:]
-        for known in (self._nodes, self._hashes, self._spoken):
+        for known in (self._hashes, self._spoken):
             del known[kept:]
         self._take_off(gone)
-        columns: list[tuple] = []
         try:
             for some, segment in segments_of(nodes, kept, self._languages, read, store):
-                columns.append(self._put_on(some, segment))
+                self._put_on(some, segment)
         finally:  # what could be read is whole
-            self._append(columns)
+            self._nodes = nodes[: len(self._hashes)]
         self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
         lacking = (
             h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
@@ -6758,8 +6837,8 @@ class MemoryIndex:
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
 
-    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> tuple:
-        """Puts the branch's next texts on the lexical table; returns what `_append` takes of them."""
+    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> None:
+        """Takes in the branch's next texts."""
         hashes = [n.fingerprint for n in nodes]
         for text_hash in hashes:
             self._rows.setdefault(text_hash, len(self._rows))
@@ -6773,30 +6852,23 @@ class MemoryIndex:
         self._hashes.extend(hashes)
         self._spoken.extend(segment.languages)
         self._uses.update(hashes)
-        self._nodes.extend(nodes)
         for node in nodes:
             self.speakers.setdefault(node.speaker, node.role)
         topics = [words.split() for words in segment.topics]
         words = list(itertools.chain.from_iterable(topics))
         new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
         self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
-        return (
-            [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
-            segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
+        codes = {who: code for code, who in enumerate(self.speakers)}
+        columns = (
+            [self._rows[h] for h in hashes], [codes[node.speaker] for node in nodes],
+            [node.said_at / DAY for node in nodes], segment.story_days, list(map(len, topics)),
+            *zip(*segment.traits, strict=True),
         )  # fmt: skip
-
-    def _append(self, columns: Sequence[tuple[Sequence, ...]]) -> None:
-        """Adds to the branch's arrays, once for all that has come: each time they are copied."""
-        if not columns:
-            return
-        fresh = [list(itertools.chain.from_iterable(some)) for some in zip(*columns, strict=True)]
-        codes = {name: code for code, name in enumerate(self.speakers)}
-        fresh[1] = [codes[who] for who in fresh[1]]
-        for name, values in zip((*BRANCH_ARRAYS, "_topics"), fresh, strict=True):
-            known = getattr(self, name)
-            setattr(self, name, np.concatenate([known, np.array(values, known.dtype).reshape(-1, *known.shape[1:])]))
-        asks = self._traits[:, TRAITS.index("question")] > 0
-        self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
+        for column, values in zip(self._columns, columns, strict=True):
+            column.extend(values)
+        self._topics.extend([self._vocabulary[w] for w in words])
+        first = max(1, len(self._hashes) - len(nodes))
+        self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
 
     @property
     def bytes(self) -> int:
@@ -6806,7 +6878,7 @@ class MemoryIndex:
     @property
     def now(self) -> float:
         """When the branch's newest message was said, in days since 1970; 0 for an empty branch."""
-        return float(self._days[-1]) if len(self._days) else 0.0
+        return float(self._days.values[-1]) if self._hashes else 0.0
 
     @property
     def language(self) -> str:
@@ -6920,31 +6992,31 @@ class MemoryIndex:
     ) -> Evidence:  # fmt: skip
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
-        n = len(self._row_at[:count])
-        terms, rarity, akin, trust = self.look_up(words, word_vectors)
+        n = len(self._row_at.values[:count])
+        bm25, said, rarity, akin, trust = self.look_up(words, word_vectors)
         akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
-        traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
+        traits = {name: column.values[:n] for name, column in self._traits.items()}
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[:n], sentence[:n], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
-            np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
+            message[:n], sentence[:n], bm25[:n], said[:n], rarity, akin, self._speaker_at.values[:n],
+            self._days.values[:n], self._story_days.values[:n], traits,
             list(self.speakers), self.coherence(), trust * bool(message.any()),
         )  # fmt: skip
 
     def look_up(
         self, words: Sequence[str], word_vectors: Callable[[Sequence[str]], np.ndarray | None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
-        """BM25 of each word in each message of the branch, float32 [words, n], and the words' rarity, float32 [words],
-        one row of zeros where there are no words; `said_otherwise`, float32 [n]; and `trust`. What was looked up last
-        is kept until the branch changes, so that a turn can ask while its vectors are made."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
+        """BM25 of the words in each message of the branch, float32 [n], and which of them it says, see Evidence; the
+        words' rarity, float32 [words]; `said_otherwise`, float32 [n]; and `trust`. What was looked up last is kept
+        until the branch changes, so that a turn can ask while its vectors are made."""
         if self.coherence() == 1:  # as in chats of friends: `words_akin` counts for nothing then
             word_vectors = None
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
-            terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
-            rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
+            bm25, said = np.zeros(len(self._rows), np.float32), np.zeros(len(self._rows), np.uint32)
+            rarity, weights = np.zeros(len(words), np.float32), np.ones(len(words), np.float32)
             texts = len(self._uses)
             most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
             sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
@@ -6954,12 +7026,14 @@ class MemoryIndex:
                 weights[i] = idf(texts, int(count))
                 if found:
                     rarity[i] = weights[i]
-                    where, scores = (some.split(",") for some in found)
-                    terms[i, np.array(where, np.int64)] = np.array(scores, np.float32)
-            terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
-            if word_vectors and words and len(self._topics):
-                akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
-            self._looked_up = asked, (terms, rarity, akin, self.trust() if word_vectors else 1.0)
+                    where = np.fromstring(found[0], np.int64, sep=",")
+                    bm25[where] += np.fromstring(found[1], np.float32, sep=",")
+                    said[where] |= np.uint32(1 << i)
+            rows = self._row_at.values
+            bm25, said, akin = bm25[rows], said[rows], np.zeros(len(rows), np.float32)
+            if word_vectors and words and len(self._topics.values):
+                akin = self.said_otherwise(words, weights, said, word_vectors)
+            self._looked_up = asked, (bm25, said, rarity, akin, self.trust() if word_vectors else 1.0)
         return self._looked_up[1]
 
     def said_otherwise(
@@ -6969,27 +7043,28 @@ class MemoryIndex:
         """How much of a query the first n messages say in words akin to its own, float32 [n], 0 to 1: "wages" for
         "earn" (as in Zuccon et al. 2015, "Integrating and Evaluating Neural Word Embeddings in Information Retrieval").
 
-        `weights` [w] are the words', `said` [w, n] tells where a word stands itself: that counts elsewhere.
+        `weights` [w] are the words', `said` [n] tells where a word stands itself, see Evidence: that counts elsewhere.
         """
-        n, known = said.shape[1], len(self._word_vectors)
+        n, known = len(said), len(self._word_vectors.values)
         new = list(itertools.islice(self._vocabulary, known, None))
         found = word_vectors([*words, *new])
         if found is None:
             return np.zeros(n, np.float32)
         asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
-            self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
             spaced = np.array([not UNSPACED.search(word) for word in new], bool)
-            self._spaced = np.concatenate([self._spaced, spaced])
-            self._whole = np.concatenate([self._whole, spaced & fresh.any(axis=1)])
-        near = asked @ self._word_vectors.T - np.float32(AKIN)  # [words, vocabulary]
-        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics])
-        topics, owners = self._topics[places], np.repeat(np.arange(n), self._topic_counts)[places]
-        best = np.zeros(said.shape, np.float32)
-        for message, word in zip(best, near, strict=True):
-            np.maximum.at(message, owners, word[topics])
-        best[said] = 0
-        return weights @ best / ((1 - AKIN) * weights.sum())
+            self._word_vectors.extend(fresh)
+            self._spaced.extend(spaced)
+            self._whole.extend(spaced & fresh.any(axis=1))
+        near = asked @ self._word_vectors.values.T - np.float32(AKIN)  # [words, vocabulary]
+        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics.values])
+        topics, owners = self._topics.values[places], np.repeat(np.arange(n), self._topic_counts.values)[places]
+        akin = np.zeros(n, np.float32)
+        for i, (weight, word) in enumerate(zip(weights, near, strict=True)):
+            best = np.zeros(n, np.float32)
+            np.maximum.at(best, owners, word[topics])
+            akin += weight * best * (said >> np.uint32(i) & 1 == 0)
+        return akin / ((1 - AKIN) * weights.sum())
 
     def trust(self) -> float:
         """What cosines count for beside words, LEAST_TRUST to 1, by the share of the chat's words with a topic that the
@@ -6997,8 +7072,9 @@ class MemoryIndex:
         it has nine in ten (a multilingual one seven); what it reads in pieces, it tells apart less well. Words that no
         spaces part tell nothing here.
         """
-        uses = np.bincount(self._topics, minlength=len(self._spaced))[: len(self._spaced)]
-        share = (uses[self._whole].sum() + FEW_WORDS_READ) / (uses[self._spaced].sum() + FEW_WORDS_READ)
+        spaced, whole = self._spaced.values, self._whole.values
+        uses = np.bincount(self._topics.values, minlength=len(spaced))[: len(spaced)]
+        share = (uses[whole].sum() + FEW_WORDS_READ) / (uses[spaced].sum() + FEW_WORDS_READ)
         return float(np.interp(share, READ_WHOLE, (LEAST_TRUST, 1)))
 
     def substance(self) -> np.ndarray:
@@ -7009,38 +7085,44 @@ class MemoryIndex:
         usual sum on, longer ones are no likelier. What is rare and usual here the branch's first messages tell, up
         to a `step_below`, so that a message which comes changes nothing for those before it.
         """
-        count = step_below(len(self._topic_counts))
+        count = step_below(len(self._hashes))
         if self._weighed[0] != count:
-            uses = np.bincount(self._topics[: self._topic_counts[:count].sum()])
+            uses = np.bincount(self._topics.values[: self._topic_counts.values[:count].sum()])
             # The last item is for words that none of them says.
             rarity = np.log((count + 1) / np.maximum(np.append(uses, 0), 1)).astype(np.float32) / math.log(count + 2)
             enough = SUBSTANTIAL * float(np.median(self._rarity_sums(rarity, 0)[:count])) if count else 1.0
-            self._weighed, self._substance = (count, rarity, min(max(enough, 1.0), MOST_NEEDED)), self._substance[:0]
+            self._weighed = count, rarity, min(max(enough, 1.0), MOST_NEEDED)
+            self._substance.cut(0)
         _, rarity, enough = self._weighed
-        fresh = np.minimum(1, self._rarity_sums(rarity, len(self._substance)) / np.float32(enough))
-        self._substance = np.concatenate([self._substance, fresh]) if len(fresh) else self._substance
-        return self._substance
+        fresh = self._rarity_sums(rarity, len(self._substance.values))
+        self._substance.extend(np.minimum(1, fresh / np.float32(enough)))
+        return self._substance.values
 
     def _rarity_sums(self, rarity: np.ndarray, start: int) -> np.ndarray:
         """The sum of the rarity of the words of each message from `start` on, float32 [n - start]."""
-        counts = self._topic_counts[start:]
+        counts = self._topic_counts.values[start:]
         sums, told = np.zeros(len(counts), np.float32), np.flatnonzero(counts)
         if len(told):  # reduceat knows no empty share
-            topics = self._topics[len(self._topics) - counts.sum() :]
+            topics = self._topics.values[len(self._topics.values) - counts.sum() :]
             starts = np.cumsum(counts)[told] - counts[told]
             sums[told] = np.add.reduceat(rarity[np.minimum(topics, len(rarity) - 1)], starts)
         return sums
 
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
-        whole, parts = (table.best(query, len(self._rows))[self._row_at] for table in (self._dense, self._sentences))
-        mean, spread = self.noise()
-        known = whole[np.isfinite(whole)]
-        # While vectors are made, a few that happen to be there say little of the others.
-        usual = (known.sum() + FEW_NEIGHBOURS * mean) / (len(known) + FEW_NEIGHBOURS)
-        whole = np.where(np.isfinite(whole), whole, usual)
-        whole = ((whole - mean) / spread).astype(np.float32)
-        return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
+        rows, (mean, spread) = self._row_at.values, self.noise()
+        whole, parts = (table.best(query, len(self._rows))[rows] for table in (self._dense, self._sentences))
+        known = np.isfinite(whole)
+        if not known.all():
+            # While vectors are made, a few that happen to be there say little of the others.
+            some = whole[known]
+            whole[~known] = (some.sum() + FEW_NEIGHBOURS * mean) / (len(some) + FEW_NEIGHBOURS)
+        for cosines in (whole, parts):
+            cosines -= mean
+            cosines /= spread
+        alone = ~np.isfinite(parts)
+        parts[alone] = whole[alone]
+        return whole, parts
 
     def noise(self) -> tuple[float, float]:
         """Mean and standard deviation of the cosines of two messages of this chat."""
@@ -7075,7 +7157,7 @@ class MemoryIndex:
 
     def _coherence_among(self, count: int, spread: float) -> float:
         """`coherence` of the first messages, by a sample of NOISE_SAMPLE pairs of neighbours."""
-        codes, hashes = self._speaker_at[:count], self._hashes
+        codes, hashes = self._speaker_at.values[:count], self._hashes
         apart = np.flatnonzero(codes[1:] != codes[:-1]).tolist()
         pairs = np.array(sample([i for i in apart if self._embedded.issuperset(hashes[i : i + 2])]), np.int64)
         first, second = (self.vectors([hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
@@ -7152,7 +7234,8 @@ class Chat:
         # The user's messages that the last mood was followed over, and the track of it before the newest of them, which
         # the background makes.
         self.mood_followed: tuple[list[Node], MoodTrack | None] = ([], None)
-        self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
+        self.places: tuple[Sequence[str], Any] = ((), None)  # the branch last told of, and where summaries stand
+        self._counted: tuple[tuple[Node, ...], Column] = ((), Column(np.int64))  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -7175,7 +7258,7 @@ class Chat:
             known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
             self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
-    def path(self, tip: str = "") -> list[str]:
+    def path(self, tip: str = "") -> tuple[str, ...]:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
         return self.tree.path(tip or self.store.head)
 
@@ -7183,6 +7266,15 @@ class Chat:
         """The nodes of those messages."""
         nodes = self.store.tree.nodes
         return [nodes[i] for i in ids]
+
+    def tokens(self, nodes: tuple[Node, ...]) -> np.ndarray:
+        """What each message of a branch takes, in tokens, int64 [n]; until it is asked for those of another."""
+        known, tokens = self._counted
+        kept = shared_front(known, nodes)
+        tokens.cut(kept)
+        tokens.extend([node.tokens for node in nodes[kept:]])
+        self._counted = nodes, tokens
+        return tokens.values
 
     def texts(self, path: Iterable[str]) -> list[str]:
         """The digests of those messages' texts."""
@@ -7283,14 +7375,15 @@ class Catalogue:
         (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
         chat_id = line["chat_id"]
         with self._database.transaction() as cache:
-            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes"])
+            forgot = f"x:{chat_id}"
+            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes", forgot])
             values = {f"c:{chat_id}": json.dumps(line), "changes": known.pop("changes", 0) + 1}
             for key in (f"{kind}:{digest}" for digest in digests):
                 chats = json.loads(known.get(key, "[]"))
                 if chat_id not in chats:
                     values[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
-            put_values(cache, values | ({f"x:{chat_id}": forgetful} if forgetful else {}))
-            delete_values(cache, [] if forgetful else [f"x:{chat_id}"])
+            put_values(cache, values | ({forgot: forgetful} if forgetful else {}))
+            delete_values(cache, [forgot] if forgot in known and not forgetful else [])
 
     def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
         """Takes a chat out: its line and its texts, all rows being looked through where `digests` is None.
@@ -7839,7 +7932,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
-def path_with(chat: Chat, hidden: Collection[str]) -> list[str]:
+def path_with(chat: Chat, hidden: Collection[str]) -> tuple[str, ...]:
     """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
     without it, those of the newest branch that holds it."""
     path = chat.path()
@@ -8350,7 +8443,7 @@ def best_sentence(query: Query, e: Evidence) -> np.ndarray:
 
 def near_by(query: Query, e: Evidence) -> np.ndarray:
     """The best sentence within two messages: what is told is told in a few turns."""
-    return e.nearness * running_max(e.sentence, 2)
+    return e.nearness * within_reach(e.sentence, 2)
 
 
 def words_covered(query: Query, e: Evidence) -> np.ndarray:
@@ -8368,42 +8461,44 @@ def words_in_scene(query: Query, e: Evidence) -> np.ndarray:
     return e.coverage(8)
 
 
-def words_akin(query: Query, e: Evidence) -> np.ndarray:
+def words_akin(query: Query, e: Evidence) -> np.ndarray | None:
     """How much of it the message says in words akin to those asked with. Where neighbouring messages are about the
     same, a scene is full of such words, and they tell no message from another."""
-    return (1 - e.coherence) * e.akin
+    return (1 - e.coherence) * e.akin if e.coherence < 1 else None
 
 
-def akin_near(query: Query, e: Evidence) -> np.ndarray:
+def akin_near(query: Query, e: Evidence) -> np.ndarray | None:
     """The same of the best message within two."""
-    return (1 - e.coherence) * running_max(e.akin, 2)
+    return (1 - e.coherence) * within_reach(e.akin, 2) if e.coherence < 1 else None
 
 
 def words_near(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within two messages."""
-    return running_max(e.lexical, 2)
+    return within_reach(e.lexical, 2)
 
 
 def best_in_scene(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within five messages."""
-    return running_max(e.lexical, 5)
+    return within_reach(e.lexical, 5)
 
 
 def answers(query: Query, e: Evidence) -> np.ndarray:
     """How well the message before fits, in words and in meaning, where that asks something: this is its answer."""
     fits = e.lexical + e.nearness * np.maximum(e.sentence, 0)
-    return displaced((e.traits["question"] > 0) * fits, 1)
+    return np.append(np.zeros(1, np.float32), (e.traits["question"] > 0) * fits)[:-1]
 
 
-def speaker(query: Query, e: Evidence) -> np.ndarray:
-    """Whether it is the words of whom the query is about; 0 where that is everyone."""
-    about = np.array([name in query.about for name in e.names] or [False])
-    return (about[e.speakers] if not about.all() else np.zeros(len(e.speakers))).astype(np.float32)
+def speaker(query: Query, e: Evidence) -> np.ndarray | None:
+    """Whether it is the words of whom the query is about; nothing where that is everyone."""
+    about = np.array([name in query.about for name in e.names], np.float32)
+    return about[e.speakers] if 0 < about.sum() < len(about) else None
 
 
-def when_said(query: Query, e: Evidence) -> np.ndarray:
+def when_said(query: Query, e: Evidence) -> np.ndarray | None:
     """How near it was said to a time that the query names: 1 inside, falling by half in five days; on a day of the
     story or not. Where a time is all that it asks for, what was said then counts DAY_ALONE, and nothing else does."""
+    if not query.dates and not query.story_day:
+        return None
     near = ((e.story_days == query.story_day) & (query.story_day > 0)).astype(np.float32)
     for start, end in query.dates:
         away = np.maximum(np.maximum(start - np.floor(e.days), np.floor(e.days) - end + 1), 0)
@@ -8416,14 +8511,14 @@ def trait(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name]
 
 
-def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
+def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray | None]:
     """A signal: whether the message has the trait that the query wants."""
-    return lambda query, e: e.traits[name] * np.float32(name in query.wants)
+    return lambda query, e: e.traits[name] if name in query.wants else None
 
 
-def lately(query: Query, e: Evidence) -> np.ndarray:
+def lately(query: Query, e: Evidence) -> np.ndarray | None:
     """How late in the chat it was said, 0 to 1, where the query asks for what holds now."""
-    return np.linspace(0, 1, len(e.days), dtype=np.float32) * np.float32("now" in query.wants)
+    return np.linspace(0, 1, len(e.days), dtype=np.float32) if "now" in query.wants else None
 
 
 def short_answer(query: Query, e: Evidence) -> np.ndarray:
@@ -8437,12 +8532,14 @@ class Signal:
     there a scene answers, elsewhere one message does."""
 
     weight: float
-    of: Callable[[Query, Evidence], np.ndarray]
+    of: Callable[[Query, Evidence], np.ndarray | None]  # None: it says nothing of any message
     coherent: float = 0.0
 
-    def added(self, query: Query, e: Evidence) -> np.ndarray:
-        """What the signal adds to the messages' scores, float32 [n]."""
-        return np.float32(self.weight + self.coherent * e.coherence) * self.of(query, e)
+    def added(self, query: Query, e: Evidence) -> np.ndarray | None:
+        """What the signal adds to the messages' scores, float32 [n]; None where it says nothing."""
+        weight = np.float32(self.weight + self.coherent * e.coherence)
+        values = self.of(query, e) if weight else None
+        return weight * values if values is not None and values.any() else None
 
 
 # Weights by the method of `tests/bench/recall.py --fit`, which prints others since signals have changed, and the same
@@ -8526,8 +8623,11 @@ def weigh(query: Query, e: Evidence) -> dict[str, np.ndarray]:
     Hybrid Retrieval"). Signals that say nothing are left out.
     """
     found = {name: signal.added(query, e) for name, signal in SIGNALS.items()}
-    parts = {name: values for name, values in found.items() if values.any()}
-    return {"score": sum(parts.values(), np.zeros(len(e.cosine), np.float32)), **parts}
+    parts = {name: values for name, values in found.items() if values is not None}
+    score = np.zeros(len(e.cosine), np.float32)
+    for values in parts.values():
+        score += values
+    return {"score": score, **parts}
 
 
 def memory_share(text: str) -> float:
@@ -8539,11 +8639,19 @@ def memory_share(text: str) -> float:
     return ASKING_SHARE if asked_clauses(text, language) else TELLING_SHARE
 
 
+def median(values: np.ndarray) -> float:
+    """The same as numpy's, which takes ten times as long."""
+    middle = len(values) // 2
+    parted = np.partition(values, middle)
+    below = parted[middle] if len(values) % 2 else parted[:middle].max()
+    return (float(below) + float(parted[middle])) / 2
+
+
 def usual_scores(scores: np.ndarray, trust: float = 1.0) -> tuple[float, float]:
     """What is usual among messages of those scores, the median, and their standard deviation; `trust` is that of
     `Evidence`."""
     count = len(scores)
-    usual = float(np.median(scores)) if count else 0.0
+    usual = median(scores) if count else 0.0
     usual = usual if count >= FEW_MESSAGES else min(usual, USUAL)
     deviation = USUAL_DEVIATION * (WORDS_ALONE + (1 - WORDS_ALONE) * trust)
     variance = (scores.var() * count if count else 0.0) + FEW_MESSAGES * deviation**2
@@ -8561,6 +8669,8 @@ def admissible(query: Query, scores: np.ndarray, trust: float = 1.0) -> list[int
     """Indexes of the messages that are worth recalling, best first, as many as make sense."""
     found = np.flatnonzero(scores >= relevance_bar(query, scores, trust))
     most = TELLING_MEMORIES if query.asks == TELLS else MOST_MEMORIES
+    if len(found) > most:  # sorting thousands would take a millisecond
+        found = found[scores[found] >= np.partition(scores[found], -most)[-most]]
     return found[np.argsort(-scores[found], kind="stable")][:most].tolist()
 
 
@@ -9282,19 +9392,19 @@ def lay_out(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
     """Divides the context between persona, history, memories and reply.
 
-    `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the story so
-    far, in tokens. Raises `ContextLengthExceeded`.
+    `counts` (int64 [n]) and `roles` are those of the branch's messages as the store has them, from its first message
+    that is no persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the
+    story so far, in tokens. Raises `ContextLengthExceeded`.
     """
     first = request.history_start
-    shown = len(request.turns) - first
-    stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
+    above = len(counts) - len(request.turns) + first
+    stored, counts = counts[:above], counts[above:].tolist()
     fixed = REPLY_PRIMING + sum(map(message_tokens, request.persona))
     if request.begins_with_user and roles[0] == "assistant":
         fixed += sum(map(message_tokens, request.opening or (DEFAULT_OPENING,)))
@@ -9306,16 +9416,16 @@ def lay_out(
     budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, story + recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
-    sizes, steady = [*stored, *turns], [*stored, *counts]
+    sizes, steady = np.concatenate([stored, turns]), np.concatenate([stored, counts])
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
     starts = Seen(roles, roles[0].__eq__)  # strict templates refuse a history that begins on the other side
     anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
-    history = sum(sizes[anchor:]) + tail
+    history = int(sizes[anchor:].sum()) + tail
     full = history > NEARLY_FULL * budget.history
     leaving = next_cut(steady, starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
-    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    hidden = frozenset((anchor + np.flatnonzero(sizes[anchor:] == 0)).tolist())
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
 
 
@@ -9323,7 +9433,7 @@ def lay_out_window(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
@@ -9333,7 +9443,7 @@ def lay_out_window(
     own limit.
     """
     above = len(counts) - len(request.turns)
-    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
+    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:].tolist(), strict=True)]
     sizes = [*[0] * above, *shown]
     persona, response = sum(map(message_tokens, request.persona)), int(shares[3] * context)
     left = max(0, context - response - persona - sum(map(message_tokens, request.tail)))
@@ -9421,7 +9531,7 @@ def fit_budget(
 
 
 def history_anchor(
-    sizes: Sequence[int], steady: Sequence[int], starts: Sequence[bool], budget: int, block: int, latest: int
+    sizes: np.ndarray, steady: np.ndarray, starts: Sequence[bool], budget: int, block: int, latest: int
 ) -> int:
     """The first index of the branch from which the history fits into `budget` tokens, no later than `latest`.
 
@@ -9434,7 +9544,7 @@ def history_anchor(
     if not tail:
         return 0
     before = next((index for index in range(tail - 1, 0, -1) if starts[index]), 0)
-    start, cut = sum(steady[:before]), 0
+    start, cut = int(steady[:before].sum()), 0
     for index in range(before, latest + 1):
         if starts[index]:
             if index >= tail and start // block > cut:  # the first one of its block that a history may begin with
@@ -9444,9 +9554,9 @@ def history_anchor(
     return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
-def next_cut(steady: Sequence[int], starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
+def next_cut(steady: np.ndarray, starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
     """Where `history_anchor` will go next from `anchor`."""
-    start = sum(steady[:anchor])
+    start = int(steady[:anchor].sum())
     due = (start // block + 1) * block
     for index in range(anchor, latest + 1):
         if start >= due and starts[index]:
@@ -9628,8 +9738,7 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
     return [*persona[:-1], {**last, "content": f"{last.get('content') or ''}\n\n{story}"}]
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """A message of a prompt as it was sent: what comparing it with the next prompt needs."""
 
     key: Any  # equal for messages that are the same, byte for byte
@@ -10372,6 +10481,7 @@ class Call:
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
         self._socket: socket.socket | None = None
+        self.meanwhile: Callable[[], Any] = lambda: None  # what is done while the upstream works, if there is time
 
     @property
     def cancelled(self) -> bool:
@@ -10379,7 +10489,9 @@ class Call:
         return self._ended.is_set()
 
     def trace(self, event: str, info: Mapping) -> None:
-        """httpx's trace extension: notes the connection's socket as soon as there is one."""
+        """httpx's trace extension: notes the connection's socket as soon as there is one, and when all is sent."""
+        if event.endswith("send_request_body.complete"):
+            self.meanwhile()
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self.connected(info["return_value"].get_extra_info("socket"))
 
@@ -12006,6 +12118,10 @@ class OpenAIUpstream:
         self._kept: list[tuple[httpx.Client, socket.socket]] = []  # connections that nobody uses at the moment
 
     @functools.cached_property
+    def _address(self) -> httpx.URL:
+        return httpx.URL(f"{self.url}/chat/completions{self._query}")
+
+    @functools.cached_property
     def _tls(self) -> Any:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
@@ -12101,7 +12217,7 @@ class OpenAIUpstream:
                 client, known = self._client(self.url, self._timeout), None
             try:
                 request = client.build_request(
-                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
+                    "POST", self._address, content=body, headers=self.headers(call),
                     extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
                 )  # fmt: skip
                 return client, client.send(request, stream=True)
@@ -12647,7 +12763,7 @@ class TurnContext:
 
     chat: Chat
     request: ChatRequest
-    nodes: list[Node]
+    nodes: tuple[Node, ...]
     layout: Layout
     deadline: Deadline
 
@@ -12691,7 +12807,7 @@ class TurnMemory:
     """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
 
     turn: TurnContext
-    path: list[str]
+    path: tuple[str, ...]
     story: Story
     recalled: RecallResult
     memories: list[Memory]  # the recalled and the carried over
@@ -12728,10 +12844,10 @@ class Prepared:
     """A request as the upstream gets it, and what is needed to record the reply."""
 
     body: dict
-    header: str
+    told: str  # what `header` says of a request without a report
     chat_id: str = ""
     tip: str = ROOT
-    report: PromptReport | None = None
+    make_report: Callable[[], PromptReport | None] = lambda: None  # `once`; the upstream need not wait for it
     history: int | None = None  # where in the body's messages the chat itself begins
     fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
     refused: str = ""  # the part without which the upstream took it
@@ -12740,6 +12856,16 @@ class Prepared:
     limit: int = 0  # a context length that the model seems to have, though nobody has said so; 0: none is guessed
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
+
+    @property
+    def report(self) -> PromptReport | None:
+        """What went into the prompt; None where memory has no part in it."""
+        return self.make_report()
+
+    @property
+    def header(self) -> str:
+        """The value of the response header `X-Persona-Memory`."""
+        return report_header(report) if (report := self.report) else self.told
 
 
 # ------------------------------------------------------------------------------------------------- the API's rows
@@ -13475,7 +13601,7 @@ class Archive:
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
         begin: Callable[[Chat, ChatRequest], None] | None = None,
-    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
+    ) -> Iterator[tuple[Chat, tuple[str, ...], ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
@@ -13496,11 +13622,11 @@ class Archive:
 
     def _place(
         self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
-    ) -> tuple[list[str], ChatRequest]:
+    ) -> tuple[tuple[str, ...], ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
-        def write() -> tuple[list[str], ChatRequest]:
+        def write() -> tuple[tuple[str, ...], ChatRequest]:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
@@ -13659,7 +13785,7 @@ class Archive:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
-    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[str, ...]:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
         store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
@@ -13926,7 +14052,7 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = shared_front(old, path)
+    fork = fork_of(old, path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -13940,7 +14066,7 @@ def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[lis
     """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
     note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
     the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
-    tree, fork = chat.tree, shared_front(old, path)
+    tree, fork = chat.tree, fork_of(old, path)
     left, now = old[fork:], path[fork:]
     if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
         return [], []
@@ -14014,8 +14140,9 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
         gained = around(turn.content, message.original)
-        near = [j for i in chat.path()[-2 * REWORDED :] for j in tree.siblings(i) if tree.nodes[j].role == "user"]
-        if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
+        places = chat.path()[-2 * REWORDED :] if gained else ()
+        near = [j for i in places for j in tree.siblings(i) if tree.nodes[j].role == "user"]
+        if any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
 
@@ -14048,10 +14175,10 @@ def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
     return len(path) == 1 and request.lone and not chat.store.info["explicit"] and not request.account
 
 
-def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], tuple[str, ...]]:
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
-    path = tree.path(alignment.base)
+    path = list(tree.path(alignment.base))
     unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
     unshown.sort(key=lambda i: tree.nodes[i].depth)
     messages = [replace(m, confirmed=True) for m in store.read(unshown)]
@@ -14075,7 +14202,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
-    return messages, path
+    return messages, tuple(path)
 
 
 def voice_told(node: Node, turn: Turn, parent: str) -> str:
@@ -14374,7 +14501,7 @@ class Recaller:
 
     def _asked_of(
         self, chat: Chat, text: str, asker: str, timeout: float
-    ) -> tuple[list[Node], Query, np.ndarray | None]:
+    ) -> tuple[tuple[Node, ...], Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
             nodes = chat.tree.branch(chat.store.head)
@@ -14587,14 +14714,12 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    kept = min(len(known), len(path))
-    while kept and known[kept - 1] != path[kept - 1]:  # a message's id stands for all above it too
-        kept -= 1
+    kept = fork_of(known, path)
     if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
-        chat.places = list(path), Places(chat.texts(path))
+        chat.places = tuple(path), Places(chat.texts(path))
     elif max(len(known), len(path)) > kept:
         places.go_over(kept, chat.texts(path[kept:]))
-        chat.places = list(path), places
+        chat.places = tuple(path), places
     return chat.places[1]
 
 
@@ -15440,7 +15565,7 @@ def without_part(prepared: Prepared, why: str) -> Prepared:
     tokens = {share: 0 if share == fallback.without else count for share, count in report.tokens.items()}
     report = replace(report, recalled=recalled, tokens=tokens)
     messages, history = fallback.compose()
-    prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
+    prepared = replace(prepared, make_report=lambda: report, history=history, fallbacks=tuple(fallbacks))
     return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
 
 
@@ -15453,7 +15578,7 @@ def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamEr
     tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
     report = replace(report, history=max(0, report.history - gone), tokens=tokens)
     reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
-    return with_messages(replace(prepared, report=report), reason, kept)
+    return with_messages(replace(prepared, make_report=lambda: report), reason, kept)
 
 
 def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
@@ -15461,7 +15586,7 @@ def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> 
     log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
     report = replace(prepared.report, degraded=reason)
     body = prepared.body | {"messages": list(messages)}
-    return replace(prepared, body=body, header=report_header(report), report=report)
+    return replace(prepared, body=body, make_report=lambda: report)
 
 
 def prompt_tokens(messages: Sequence[Mapping]) -> int:
@@ -15528,18 +15653,13 @@ class PromptBuilder:
             memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
             withheld, parts = known_refusals(chat, memory), memory.parts
             prompt, history = composed(memory, [part for part in parts if part not in withheld])
-            with chat.lock:
-                before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
-                reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = replace(self._report(memory, reused, started, tools), **self._completions.learned(request))
-        if withheld:
-            words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
-            report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
         body = self._completions.body(request, prompt, call)
         summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
+        known = degradation(memory, tools, withheld), time.perf_counter() - started, tools, prompt
+        call.meanwhile = once(functools.partial(self._told, memory, *known, self._completions.learned(request)))
         return Prepared(
-            body, report_header(report), chat.id, path[-1], report, history, tuple(fallbacks(memory, withheld)),
-            summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
+            body, degraded_header("the turn has no report"), chat.id, path[-1], call.meanwhile, history,
+            tuple(fallbacks(memory, withheld)), summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
         )  # fmt: skip
 
     def _context(self, request: ChatRequest, tools: int, call: Call) -> tuple[int, Sequence[float]]:
@@ -15590,16 +15710,17 @@ class PromptBuilder:
         foresee = functools.partial(self._recaller.foresee, deadline=deadline)
         with self._archive.enter(request, request.identity.chat_id, deadline, foresee) as (chat, path, request):
             memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
-        report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
+        report = self._report(memory, degradation(memory), time.perf_counter() - started)
+        pivot = memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
-        turn = Prepared({}, report_header(report), chat.id, path[-1], report, summary=(plan, ""))
+        turn = Prepared({}, "", chat.id, path[-1], lambda: report, summary=(plan, ""))
         after = 0 if pivot is None else sum(not t.hidden for t in request.turns[pivot:])
         injections = [("story", memory.story.text, 0, 0), ("memories", memory.block, 1, after)]
         rows = {"recalled": [memory_row(m) for m in memory.memories], "emotion": report.mood, "report": asdict(report)}
         return injection(chat.id, injections) | rows, turn
 
     def _remember(
-        self, chat: Chat, path: list[str], request: ChatRequest, context: int, shares: Sequence[float],
+        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, shares: Sequence[float],
         arrange: Callable[..., Layout], deadline: Deadline,
     ) -> TurnMemory:  # fmt: skip
         """Looks up what to say of what the prompt will not show.
@@ -15635,11 +15756,13 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        away = hidden_from(chat, request)
-        counts = [0 if n.id in away else n.tokens for n in shown[:above]] if away else [n.tokens for n in shown[:above]]
-        counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
+        counts = chat.tokens(nodes)[first:].copy()
+        away = [i for i in hidden_from(chat, request) if i in chat.tree.nodes and chat.tree.stands_on(path[-1], i)]
+        counts[[n.depth - first for n in chat.nodes(away) if 0 <= n.depth - first < above]] = 0
         for i, turn in enumerate(request.turns[first:], above):
-            if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
+            if turn.hidden:
+                counts[i] = 0
+            elif shown[i].shown != turn.fingerprint:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         roles = Seen(shown, lambda node: node.role)
         layout = arrange(request, context, shares, counts, roles, reserved)
@@ -15680,11 +15803,27 @@ class PromptBuilder:
             note_failure("reminder_failed", "The persona could not be read", error, chat.id)
             return ""
 
-    def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
-        """What went into a turn's prompt and why, which is also noted in log and metrics."""
-        turn, layout, block = memory.turn, memory.turn.layout, memory.block
-        reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(layout, tools)
-        degraded = "; ".join(filter(None, reasons))
+    def _told(self, memory: TurnMemory, *known: Any) -> PromptReport | None:
+        """A turn's report. Never fails the turn, which is on its way."""
+        try:
+            report = self._report(memory, *known)
+            _ = report.text  # the store takes it when the reply is there
+            return report
+        except Exception as error:
+            note_failure("unreported", "A turn has no report, and is not kept", error, memory.turn.chat.id)
+            return None
+
+    def _report(
+        self, memory: TurnMemory, degraded: str, spent: float, tools: int = 0, prompt: Sequence[dict] = (),
+        learned: Mapping[str, Any] = MappingProxyType({}),
+    ) -> PromptReport:  # fmt: skip
+        """What went into a turn's prompt and why, which is also noted in log and metrics. `spent` are the seconds that
+        it took."""
+        turn, layout, block, reused = memory.turn, memory.turn.layout, memory.block, None
+        if prompt:
+            with turn.chat.lock:
+                before, turn.chat.last_prompt = turn.chat.last_prompt, sent_prompt(prompt, turn.chat.last_prompt or ())
+                reused = None if before is None else round(prefix_reuse(before, turn.chat.last_prompt), 4)
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
@@ -15699,10 +15838,19 @@ class PromptBuilder:
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
-            milliseconds=round(1000 * (time.perf_counter() - started), 1),
+            milliseconds=round(1000 * spent, 1), **learned,
         )  # fmt: skip
         self._status.note_turn(turn.chat.id, report)
         return report
+
+
+def degradation(memory: TurnMemory, tools: int = 0, withheld: Collection[str] = ()) -> str:
+    """What kept memory from being all it could be in a turn; empty: nothing. `withheld` are parts that are not in the
+    prompt."""
+    refused = f"left out, since the provider's filter refused it: {', '.join(withheld)}" if withheld else ""
+    turn = memory.turn
+    reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(turn.layout, tools), refused
+    return "; ".join(filter(None, reasons))
 
 
 def short_of_room(layout: Layout, tools: int) -> str:
@@ -15803,7 +15951,7 @@ class PersonaMemory:
         if prepared.report is None:
             return
         try:
-            report = replace(prepared.report, outcome=outcome)
+            report = replace(prepared.report, outcome=outcome) if outcome else prepared.report
             said = () if prepared.ephemeral else texts
             with self.registry.lookup(prepared.chat_id) as chat:
                 if chat is None:  # deleted while the reply was on its way
@@ -15847,7 +15995,7 @@ class PersonaMemory:
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = list(align_request(chat, request).kept), chat.path()
+                kept, path = tuple(align_request(chat, request).kept), chat.path()
                 away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
                 same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
                 counts |= {"known": len(kept), "current": same}

@@ -176,7 +176,7 @@ def ours(c: Conversation, style: str) -> list[np.ndarray]:
 
 def bm25(c: Conversation, style: str) -> list[np.ndarray]:
     """FTS5's BM25 of the question as asked."""
-    return [c.index.evidence(pm.query_words(text), None).raw_lexical for text, _ in c.asked(style)]
+    return [c.index.evidence(pm.query_words(text), None).bm25 for text, _ in c.asked(style)]
 
 
 def cosine(c: Conversation, style: str) -> list[np.ndarray]:
@@ -272,7 +272,9 @@ def signal_rows(conversations: list[Conversation], style: str) -> list[list[np.n
 
 def signal_columns(q: pm.Query, e: pm.Evidence) -> np.ndarray:
     """What COLUMNS_FITTED name, float32 [n, columns]."""
-    values = {name: s.of(q, e) for name, s in pm.SIGNALS.items()}
+    blank = np.zeros(len(e.cosine), np.float32)
+    found = {name: s.of(q, e) for name, s in pm.SIGNALS.items()}
+    values = {name: blank if some is None else some for name, some in found.items()}
     return np.stack([values[name] * (e.coherence if coherent else 1) for name, coherent in COLUMNS_FITTED], axis=1)
 
 
