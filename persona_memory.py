@@ -8720,7 +8720,8 @@ def newest_first(
         if nearness < SAME_BEST or older.message.speaker != newer.message.speaker:
             continue
         enough = SAME_CHANGED if max(i, j) > 1 else SAME_BEST
-        changed = nearness >= enough and any((near[owners == j][:, owners == i].max(axis=1) >= enough)[tell_change(j)])
+        told = tell_change(j) if nearness >= enough else ()
+        changed = any(told) and any(itertools.compress(told, near[owners == j][:, owners == i].max(axis=1) >= enough))
         if changed:
             best[i] = replace(older, changed_in=newer.index)
         if (changed or nearness >= SAME_THING) and newer.score < older.score:
@@ -14457,12 +14458,12 @@ class Recaller:
         feels_alike, places = emotion_matches(asking, readings), np.array(indexes, np.int64)
         columns, memories = zip(*(values[places].tolist() for values in scores.values()), strict=True), []
         for i, values in enumerate(columns):
-            message, row = messages[i], dict(zip(scores, values, strict=True))
+            message, row = messages[i], {name: value for name, value in zip(scores, values, strict=True) if value}
             # Whether a name was new then is not asked here: it would take the names of all messages before.
             matters = importance_alone(clip(message.content), round(1 - readings[i].scores["neutral"], 3))
             recency = indexes[i] / len(nodes)
             more = tie_breakers({"emotion": feels_alike[i], "importance": matters, "recency": recency})
-            memories.append(Memory(message, found[i].depth, row.pop("score") + sum(more.values()), row | more))
+            memories.append(Memory(message, found[i].depth, row.pop("score", 0.0) + sum(more.values()), row | more))
         return sorted(memories, key=lambda m: -m.score)
 
     def search(
@@ -14643,15 +14644,15 @@ def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> Callable[[int,
     compared, cosines = whole[:, None] & whole, every @ every.T
     maybe = ~compared | (cosines > NEAR_DUPLICATE)  # a turn asks of a thousand pairs, and few are near
     alone, maybe = (maybe.sum(axis=1) <= 1).tolist(), maybe.tolist()
+    words = functools.cache(lambda i: word_set_hash(texts[i]))
 
-    def same(a: int, others: Iterable[int]) -> int | None:
-        """The first of the others that is a near-duplicate of `a`, None where none is."""
-        for b in () if alone[a] else others:
-            if maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None):
-                return b
-        return None
+    def same(a: int, b: int) -> bool:
+        """Whether those two are near-duplicates."""
+        if not compared[a, b]:
+            return words(a) == words(b) != 0
+        return is_duplicate(texts[a], texts[b], float(cosines[a, b]))
 
-    return same
+    return lambda a, others: None if alone[a] else next((b for b in others if maybe[a][b] and same(a, b)), None)
 
 
 def vectors_of(index: MemoryIndex, memories: Sequence[Memory]) -> np.ndarray:
