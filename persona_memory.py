@@ -113,6 +113,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import queue
 import re
 import secrets
@@ -3959,12 +3960,72 @@ FRONT = 64  # how far into a transcript a changed front is looked for
 SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
-def fork_of(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many messages two branches, as ids, share. A message's id stands for all above it, so the ends tell."""
-    shared = min(len(one), len(other))
-    while shared and one[shared - 1] != other[shared - 1]:
-        shared -= 1
-    return shared
+def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many items two sequences share from the start."""
+    end = min(len(a), len(b))
+    first, second = (some if len(some) == end else some[:end] for some in (a, b))
+    if first == second:  # the usual case: a branch that has grown
+        return end
+    low = 0
+    while end - low > 1:  # what is shared stands in front, so it can be halved
+        middle = (low + end) // 2
+        low, end = (middle, end) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+class Branch(Sequence):
+    """A branch's messages, oldest first: their ids, or their nodes.
+
+    It shares its blocks with what it was made from (as a persistent vector does), so that a chat of 100,000 messages
+    grows without a copy, and what two branches share is found by their blocks. A slice is one too.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, items: Iterable = (), blocks: Sequence[tuple] = ()):
+        """The items of whole `blocks`, and then others."""
+        items = tuple(items)
+        self._blocks = [*blocks, *batches(items, self.BLOCK)]
+        self._count = self.BLOCK * len(blocks) + len(items)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator:
+        return itertools.chain.from_iterable(self._blocks)
+
+    def __reversed__(self) -> Iterator:
+        return itertools.chain.from_iterable(map(reversed, reversed(self._blocks)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __getitem__(self, at: int | slice) -> Any:
+        if isinstance(at, slice):
+            start, end, step = at.indices(self._count)
+            if step != 1:
+                raise ValueError("a branch is cut without steps")
+            if not start:
+                return self.grown(end)
+            whole = start // self.BLOCK
+            some = itertools.chain.from_iterable(self._blocks[whole : end // self.BLOCK + 1])
+            return Branch(itertools.islice(some, start % self.BLOCK, max(start, end) - whole * self.BLOCK))
+        if not -self._count <= at < self._count:
+            raise IndexError(at)
+        return self._blocks[at % self._count // self.BLOCK][at % self._count % self.BLOCK]
+
+    def grown(self, kept: int, more: Iterable = ()) -> Branch:
+        """Its first `kept` items, and others behind them."""
+        whole, rest = divmod(kept, self.BLOCK)
+        begun = self._blocks[whole][:rest] if rest else ()
+        return Branch((*begun, *more), self._blocks[:whole])
+
+    def shared(self, other: Branch) -> int:
+        """How many items the two have in common from the start."""
+        for place, (mine, its) in enumerate(zip(self._blocks, other._blocks, strict=False)):
+            if mine is not its and mine != its:
+                return place * self.BLOCK + shared_front(mine, its)
+        return min(len(self), len(other))
 
 
 class Tree:
@@ -3978,10 +4039,8 @@ class Tree:
         self.marked: set[str] = set()  # messages that a user has pinned, edited or forgotten
         self.unshown: set[str] = set()  # messages that no request has shown
         self._inner: set[str] = set()  # messages with a confirmed message below them
-        self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
-        self._line: list[Node] = []  # its nodes
-        self._path: tuple[str, ...] = ()  # what was last told of them: copying a long branch takes a millisecond
-        self._branch: tuple[Node, ...] = ()
+        self._trail = Branch()  # the path that was last walked: the next one is nearly the same
+        self._line = Branch()  # its nodes
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -4004,8 +4063,7 @@ class Tree:
             self.by_digest[node.digest].append(node.id)
             self.children[node.parent].append(node.id)
         else:
-            if self._trail[node.depth : node.depth + 1] == [node.id]:
-                self._line[node.depth], self._branch = node, ()
+            self._forget(node)
             if node.id in (waiting := self.replies.get(node.parent, ())):
                 waiting.remove(node.id)
             self._confirmed -= old.confirmed
@@ -4057,7 +4115,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail, self._line, self._path, self._branch = [], [], (), ()
+            self._forget(node)
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -4066,12 +4124,9 @@ class Tree:
             found += self.children.get(upper, ())
         return found
 
-    def path(self, tip: str) -> tuple[str, ...]:
+    def path(self, tip: str) -> Branch:
         """Ids from the chat's first message to `tip`; empty for the root."""
-        trail, length = self._walked(tip), self.length(tip)
-        if len(self._path) != length:
-            self._path = tuple(trail[:length])
-        return self._path
+        return self._walked(tip)[: self.length(tip)]
 
     def length(self, tip: str) -> int:
         """How many messages a branch has."""
@@ -4082,26 +4137,31 @@ class Tree:
         depth = self.nodes[node].depth
         return depth < self.length(tip) and self._walked(tip)[depth] == node
 
-    def _walked(self, tip: str) -> list[str]:
+    def _walked(self, tip: str) -> Branch:
         """The trail, which then begins with the path to `tip`."""
-        trail, ids = self._trail, []
-        while tip and trail[(depth := self.nodes[tip].depth) : depth + 1] != [tip]:
+        ids = []
+        while tip and not self._walks_by(self.nodes[tip]):
             ids.append(tip)
             tip = self.nodes[tip].parent
         if ids:
             kept = self.length(tip)
-            trail[kept:] = ids[::-1]
-            self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
-            self._path = self._path if len(self._path) <= kept else ()
-            self._branch = self._branch if len(self._branch) <= kept else ()
-        return trail
+            self._trail = self._trail.grown(kept, reversed(ids))
+            self._line = self._line.grown(kept, [self.nodes[i] for i in reversed(ids)])
+        return self._trail
 
-    def branch(self, tip: str) -> tuple[Node, ...]:
+    def _walks_by(self, node: Node) -> bool:
+        """Whether a message is on the trail."""
+        return node.depth < len(self._trail) and self._trail[node.depth] == node.id
+
+    def _forget(self, node: Node) -> None:
+        """Ends the trail before a message that changes."""
+        if self._walks_by(node):
+            self._trail, self._line = (some.grown(node.depth) for some in (self._trail, self._line))
+
+    def branch(self, tip: str) -> Branch:
         """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
         self._walked(tip)
-        if len(self._branch) != self.length(tip):
-            self._branch = tuple(self._line[: self.length(tip)])
-        return self._branch
+        return self._line[: self.length(tip)]
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -6405,19 +6465,6 @@ def query_words(text: str, without: Collection[str] = (), language: str = "en") 
     return ([w for w in words if not HIRAGANA_ONLY.match(w)] or words)[:MAX_QUERY_WORDS]
 
 
-def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many items two sequences share from the start."""
-    end = min(len(a), len(b))
-    first, second = (some if len(some) == end else some[:end] for some in (a, b))
-    if first == second:  # the usual case: a branch that has grown
-        return end
-    low = 0
-    while end - low > 1:  # what is shared stands in front, so it can be halved
-        middle = (low + end) // 2
-        low, end = (middle, end) if a[low:middle] == b[low:middle] else (low, middle)
-    return low
-
-
 def within_reach(values: np.ndarray, reach: int, join: np.ufunc = np.maximum) -> np.ndarray:
     """The largest of each value and those up to `reach` places beside it, [n] as `values`; by `np.bitwise_or` all bits
     that any of them has."""
@@ -6690,7 +6737,7 @@ class MemoryIndex:
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
-        self._nodes: tuple[Node, ...] = ()  # the branch
+        self._nodes = Branch()
         self._hashes: list[str] = []
         self._row_at, self._speaker_at, self._days = Column(np.int64), Column(np.int64), Column(np.float64)
         self._story_days = Column(np.int64)  # what a message says itself; 0 for most
@@ -6730,8 +6777,8 @@ class MemoryIndex:
         """
         if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
             self._clear()
-        nodes = tuple(nodes)
-        kept = shared_front(self._nodes, nodes)
+        nodes = nodes if isinstance(nodes, Branch) else Branch(nodes)
+        kept = self._nodes.shared(nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
         gone = self._hashes[kept:]
@@ -7164,8 +7211,8 @@ class Chat:
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
         self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
         self.foreseen_mood: tuple[list[Node], MoodTrack] = ([], MoodTrack())  # see `Feelings.foresee`
-        self.places: tuple[Sequence[str], Any] = ((), None)  # the branch last told of, and where summaries stand
-        self._counted: tuple[tuple[Node, ...], Column] = ((), Column(np.int64))  # see `tokens`
+        self.places: tuple[Branch, Any] = (Branch(), None)  # the branch last told of, and where summaries stand
+        self._counted = Branch(), Column(np.int64)  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -7188,7 +7235,7 @@ class Chat:
             known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
             self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
-    def path(self, tip: str = "") -> tuple[str, ...]:
+    def path(self, tip: str = "") -> Branch:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
         return self.tree.path(tip or self.store.head)
 
@@ -7197,10 +7244,10 @@ class Chat:
         nodes = self.store.tree.nodes
         return [nodes[i] for i in ids]
 
-    def tokens(self, nodes: tuple[Node, ...]) -> np.ndarray:
+    def tokens(self, nodes: Branch) -> np.ndarray:
         """What each message of a branch takes, in tokens, int64 [n]; until it is asked for those of another."""
         known, tokens = self._counted
-        kept = shared_front(known, nodes)
+        kept = known.shared(nodes)
         tokens.cut(kept)
         tokens.extend([node.tokens for node in nodes[kept:]])
         self._counted = nodes, tokens
@@ -7861,7 +7908,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
-def path_with(chat: Chat, hidden: Collection[str]) -> tuple[str, ...]:
+def path_with(chat: Chat, hidden: Collection[str]) -> Branch:
     """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
     without it, those of the newest branch that holds it."""
     path = chat.path()
@@ -12643,7 +12690,7 @@ class TurnContext:
 
     chat: Chat
     request: ChatRequest
-    nodes: tuple[Node, ...]
+    nodes: Branch
     layout: Layout
     deadline: Deadline
 
@@ -12686,7 +12733,7 @@ class TurnMemory:
     """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
 
     turn: TurnContext
-    path: tuple[str, ...]
+    path: Branch
     story: Story
     recalled: RecallResult
     memories: list[Memory]  # the recalled and the carried over
@@ -13456,7 +13503,7 @@ class Archive:
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
         begin: Callable[[Chat, ChatRequest], None] | None = None,
-    ) -> Iterator[tuple[Chat, tuple[str, ...], ChatRequest]]:  # fmt: skip
+    ) -> Iterator[tuple[Chat, Branch, ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
@@ -13477,11 +13524,11 @@ class Archive:
 
     def _place(
         self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
-    ) -> tuple[tuple[str, ...], ChatRequest]:
+    ) -> tuple[Branch, ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
-        def write() -> tuple[tuple[str, ...], ChatRequest]:
+        def write() -> tuple[Branch, ChatRequest]:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
@@ -13640,7 +13687,7 @@ class Archive:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
-    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[str, ...]:
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> Branch:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
         store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
@@ -13884,7 +13931,7 @@ def told_info(chat: Chat, request: ChatRequest, path: Sequence[str]) -> dict[str
         info["persona"] = "" if erased else persona
     if identity.complete:
         info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
-    elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
+    elif away := [i for i, t in zip(reversed(path), reversed(request.turns), strict=False) if t.hidden]:
         info["hidden"] = list(dict.fromkeys([*known.get("hidden", ()), *away]))  # on another branch by now
     lone = is_lone(chat, request, path)
     return info | ({"lone": lone} if lone != known.get("lone", False) else {})
@@ -13901,13 +13948,13 @@ def unshown_twins(chat: Chat, message: Message) -> list[str]:
     return [i for i in twins if i != message.id and not chat.tree.children.get(i)]
 
 
-def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]:
+def superseded(chat: Chat, old: Branch, path: Branch) -> list[str]:
     """The messages that a client's other wording of its newest ones leaves behind: where the branch `old`, which the
     chat was last on, goes on as the new one does, word for word or nearly. A client's rules for its display do that at
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = fork_of(old, path)
+    fork = old.shared(path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -13917,11 +13964,11 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
 
 
-def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[list[str], list[Message]]:
+def parted_now(chat: Chat, old: Branch, path: Branch) -> tuple[list[str], list[Message]]:
     """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
     note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
     the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
-    tree, fork = chat.tree, fork_of(old, path)
+    tree, fork = chat.tree, old.shared(path)
     left, now = old[fork:], path[fork:]
     if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
         return [], []
@@ -14030,18 +14077,18 @@ def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
     return len(path) == 1 and request.lone and not chat.store.info["explicit"] and not request.account
 
 
-def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], tuple[str, ...]]:
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], Branch]:
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
-    path = list(tree.path(alignment.base))
+    path, fresh = tree.path(alignment.base), []
     unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
     unshown.sort(key=lambda i: tree.nodes[i].depth)
     messages = [replace(m, confirmed=True) for m in store.read(unshown)]
     for turn in request.turns[alignment.skipped :]:
-        parent = path[-1] if path else ROOT
+        parent = (fresh or path or [ROOT])[-1]
         known = tree.child(parent, turn.digest)  # a reply that nobody has shown yet lacks the name of who speaks
-        path.append(known if tree.is_confirmed(known) else message_id(parent, turn.own_digest))
-        node = tree.nodes.get(path[-1])
+        fresh.append(known if tree.is_confirmed(known) else message_id(parent, turn.own_digest))
+        node = tree.nodes.get(fresh[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
             continue
@@ -14057,7 +14104,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
-    return messages, tuple(path)
+    return messages, path.grown(len(path), fresh)
 
 
 def voice_told(node: Node, turn: Turn, parent: str) -> str:
@@ -14353,9 +14400,7 @@ class Recaller:
         chances, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
         return [memories[i] for i in sorted(choose(chances, costs, duplicates, tokens, cost_per_token=0.0)[0])]
 
-    def _asked_of(
-        self, chat: Chat, text: str, asker: str, timeout: float
-    ) -> tuple[tuple[Node, ...], Query, np.ndarray | None]:
+    def _asked_of(self, chat: Chat, text: str, asker: str, timeout: float) -> tuple[Branch, Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
             nodes = chat.tree.branch(chat.store.head)
@@ -14557,12 +14602,12 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    kept = fork_of(known, path)
+    kept = known.shared(path)
     if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
-        chat.places = tuple(path), Places(chat.texts(path))
+        chat.places = path, Places(chat.texts(path))
     elif max(len(known), len(path)) > kept:
         places.go_over(kept, chat.texts(path[kept:]))
-        chat.places = tuple(path), places
+        chat.places = path, places
     return chat.places[1]
 
 
@@ -14713,7 +14758,7 @@ class Summarizer:
     @staticmethod
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
-        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
+        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else Branch()
         return path, places_on(chat, path).story(chat.store.summaries.values())
 
     def _work_off(self, chat_id: str) -> None:
@@ -15817,7 +15862,7 @@ class PersonaMemory:
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = tuple(align_request(chat, request).kept), chat.path()
+                kept, path = list(align_request(chat, request).kept), chat.path()
                 away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
                 same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
                 counts |= {"known": len(kept), "current": same}
