@@ -133,13 +133,14 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -252,7 +253,7 @@ class Settings:
     reranker: str = setting(
         "", "sentence-transformers CrossEncoder that puts the best memories in order: a path or a hub name", "none"
     )
-    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens", "off")
+    lean: bool = setting(False, "recall less: only the likeliest memories, in half of the tokens at most", "off")
     forget_after: int = setting(30, "days until forgotten messages are erased from the disk for good; 0 is at once")
     no_guidance: bool = setting(False, "do not tell the model how the user feels", "off")
     api_key: str = setting(
@@ -778,7 +779,7 @@ WORDINGS = {  # by language (ISO 639-1)
 }  # fmt: skip
 
 # How promises are made, in all of these languages: a word of one hardly ever means something else in another.
-# One \b stands in front of all of them: each of its own would be tried at every letter.
+# One \b stands in front of all of them: each of its own would be tried at every letter. See `tells`.
 PROMISE = re.compile(
     # English
     r"\b(?:(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
@@ -802,8 +803,7 @@ PROMISE = re.compile(
     # Chinese, Japanese, Korean
     r"|我(?:们|們)?(?:向你|跟你)?(?:保证|保證|发誓|發誓|答应你|答應你|承诺|承諾)|一言为定|一言為定|答应我|答應我"
     r"|約束(?:する|します|だ|だよ|ね|よ|して)|誓(?:う|います|って)|指切り"
-    r"|약속(?:할게|해|하마|합니다|하지)|맹세(?:해|할게|합니다|코)",
-    re.IGNORECASE,
+    r"|약속(?:할게|해|하마|합니다|하지)|맹세(?:해|할게|합니다|코)"
 )  # fmt: skip
 # How a change is told, in those languages; and how the newer of two sentences about the same thing tells it.
 CHANGED = re.compile(
@@ -832,8 +832,7 @@ CHANGED = re.compile(
     r"|不再|不是.{1,20}而是|改成|改为|改為|改名|换成|換成|换了|換了|搬到|搬去|搬家|辞职|辭職|取消|从现在起|從現在起|卖掉|賣掉|戒了"
     r"|もう.{1,20}(?:ない|ません|なかった|やめた)|ではなく|じゃなく|引っ越し|変わった|変わりました|変えた|変えました"
     r"|変更|これからは|中止|辞めた|辞めました|やめた|やめました|売った|売りました"
-    r"|더 ?이상|이제는? .{1,20}(?:않|아니|없)|대신에?|이사했|이사를|바꿨|바뀌었|그만뒀|그만두었|취소|앞으로는|팔았",
-    re.IGNORECASE,
+    r"|더 ?이상|이제는? .{1,20}(?:않|아니|없)|대신에?|이사했|이사를|바꿨|바뀌었|그만뒀|그만두었|취소|앞으로는|팔았"
 )  # fmt: skip
 # How a model begins that will not summarise, in those languages; and a title that it puts above its summary.
 REFUSAL = re.compile(
@@ -850,6 +849,12 @@ REFUSAL = re.compile(
     r"|(?:大変)?申し訳|すみません|ごめんなさい|죄송|미안하지만|저는 (?:ai|인공지능)|인공지능으로서)",
     re.IGNORECASE,
 )  # fmt: skip
+
+
+def tells(pattern: re.Pattern, text: str) -> bool:
+    """Whether a pattern, which is written in lower case, finds anything in a text, however that is written. A pattern
+    that ignores case itself would take three times as long."""
+    return bool(pattern.search(text.lower()))
 
 
 # ======================================================================================================================
@@ -906,13 +911,16 @@ def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
     return reader
 
 
+WRITTEN_AT_ONCE = 8  # items of a list
+
+
 def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as `json.dumps` writes it, with a call into C for each value and each item of a list, so that other
-    threads run in between."""
+    """A JSON object as `json.dumps` writes it, with a call into C for each value and each few items of a list, so that
+    other threads run in between."""
     parts = []
     for name, part in value.items():
         if isinstance(part, list | tuple):
-            written = f"[{', '.join([json.dumps(item) for item in part])}]"
+            written = f"[{', '.join([json.dumps(some)[1:-1] for some in batches(part, WRITTEN_AT_ONCE)])}]"
         else:
             written = json.dumps(part)
         parts.append(f"{json.dumps(name)}: {written}")
@@ -1008,6 +1016,18 @@ def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
         return text or ""
     words = " ".join(UNSEEN.sub("", text).split())[:limit]
     return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
+
+
+def once(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that makes a value at its first call, for one thread at a time."""
+    lock, kept = threading.Lock(), functools.cache(make)
+
+    def made() -> Any:
+        """The value."""
+        with lock:
+            return kept()
+
+    return made
 
 
 def chat_message(role: str, content: str, name: str | None = None) -> dict:
@@ -1331,18 +1351,18 @@ class ChatRequest:
     aside: str = ""
     merges: bool = False
 
-    @property
+    @functools.cached_property
     def newest_user(self) -> int | None:
         """The index in `turns` of the newest user message that is not hidden."""
-        shown = (i for i, t in enumerate(self.turns) if t.role == "user" and not t.hidden)
-        return max(shown, default=None)
+        places = reversed(range(len(self.turns)))
+        return next((i for i in places if self.turns[i].role == "user" and not self.turns[i].hidden), None)
 
     @property
     def history_start(self) -> int:
         """The index in `turns` where the history begins: 1 where the first turn is kept as the persona, else 0."""
         return int(self.persona_in_first_turn and len(self.turns) > 1)
 
-    @property
+    @functools.cached_property
     def system_later(self) -> bool:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
@@ -1353,7 +1373,7 @@ class ChatRequest:
         """Whether this is one message without a history: the beginning of a chat, or a call of a program."""
         return len(self.turns) == 1 and not self.identity.has_metadata
 
-    @property
+    @functools.cached_property
     def prefixed(self) -> bool:
         """Whether a text begins with what may be a speaker's name, and is not taken for one yet."""
         return any(SPEAKER_PREFIX.match(t.content) for t in self.turns if not t.voice)
@@ -1364,7 +1384,7 @@ class ChatRequest:
         wanted = self.body.get("response_format")
         return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
-    @property
+    @functools.cached_property
     def by_turns(self) -> bool:
         """Whether no two neighbours in what the client shows are by one side."""
         roles = [turn.role for turn in self.turns if not turn.hidden]
@@ -1375,7 +1395,7 @@ class ChatRequest:
         """Whether the system prompt stands in the user's first message."""
         return self.history_start > 0 or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
 
-    @property
+    @functools.cached_property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
@@ -1505,6 +1525,11 @@ class PromptReport:
     ratio: float = 1.0  # how many tokens the model counts for one of ours, where those are more
     limit: int = 0  # tokens: the context length that the model itself has named, refusing a prompt; 0: it has not
     outcome: str = ""  # how the turn ended, where that was not with a reply: an outcome of the metrics
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Its JSON."""
+        return json.dumps(vars(self))  # plain data: `asdict` would copy all of it
 
 
 @dataclass(frozen=True)
@@ -3148,7 +3173,7 @@ def importance_factors(text: str, reading: EmotionReading, known_names: Collecti
     persons = count_of(words, FIRST_PERSON) + count_of(words, SECOND_PERSON)
     return {
         "emotion": 1 - reading.scores["neutral"],
-        "promise": float(bool(PROMISE.search(text))),
+        "promise": float(tells(PROMISE, text)),
         "first": min(1.0, len(names.difference(known_names)) / 2),
         "names": min(1.0, len(names) / 2),
         "person": min(1.0, 5 * share_of(persons, len(words))),
@@ -3256,14 +3281,14 @@ def guidance_line(mood: Mood | None, name: str = "", words: Wording = ENGLISH) -
     )
 
 
-def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
-    """How alike two messages feel, 0 to 1: cosine of their scores but neutral, times the weaker one's intensity."""
-    left, right = ([r.scores[label] for label in EMOTIONS[:NEUTRAL]] for r in (a, b))
-    size = math.hypot(*left) * math.hypot(*right)
-    if size == 0:
-        return 0.0
-    cosine = sum(x * y for x, y in zip(left, right, strict=True)) / size
-    return min(1.0, cosine) * min(1 - a.scores["neutral"], 1 - b.scores["neutral"])
+def emotion_matches(asking: EmotionReading, readings: Sequence[EmotionReading]) -> list[float]:
+    """How alike a message and each of others feel, 0 to 1: cosine of their scores but neutral, times the weaker one's
+    intensity."""
+    scores = np.array([[r.scores[label] for label in EMOTIONS] for r in (asking, *readings)])
+    felt, neutral = scores[:, :NEUTRAL], scores[:, NEUTRAL]
+    sizes = np.sqrt((felt * felt).sum(axis=1))
+    cosines = felt[1:] @ felt[0] / np.maximum(sizes[1:] * sizes[0], 1e-300)
+    return (np.minimum(1, cosines) * (1 - np.maximum(neutral[1:], neutral[0]))).tolist()
 
 
 # ======================================================================================================================
@@ -3279,7 +3304,9 @@ SLICE_BESIDE_TURNS, CHATTING = 0.012, 30.0
 SLICE_PATIENCE = 5.0  # seconds that the end of the program waits for a slice, as a large model may take
 SLICE_BYTES = 256, 1600, 16_384  # of texts that one slice takes: at least, at first, at most
 MOST_COPIED = 500_000_000  # parameters of a model that is tried in another precision, beside itself
-SAME_VALUES = 1e-4  # up to which what a traced transformer gives is rounded in another way
+SAME_VALUES = 1e-3  # up to which what a traced model gives is rounded in another way: cosines stay above 0.9999
+# What transformers name the rows of a text's tokens, and `tokenizers` does.
+TOKEN_ROWS = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
 SAME_VECTORS = 0.999  # cosine from which on a faster model is as good
 SAMPLES = tuple(
     f"{'The lighthouse keeper counts the boats and writes down the wind. ' * n}What did {name} say about the storm?"
@@ -3469,8 +3496,10 @@ class Embedder:
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
         one by one (measured in Russian, Chinese and Japanese: words alone find more)."""
+        if text.isascii() or self.name not in BUNDLED_EMBEDDERS:
+            return True
         letters = [c for c in text if c.isalpha()]
-        return self.name not in BUNDLED_EMBEDDERS or 2 * sum(c > LATIN_END for c in letters) <= len(letters)
+        return 2 * sum(c > LATIN_END for c in letters) <= len(letters)
 
     def close(self) -> None:
         """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
@@ -3523,7 +3552,7 @@ class Embedder:
         self._model = faster(self._model)
         self._note_words()  # of the copy: the first table would keep the other model in RAM
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
-            trace_transformer(self._model)
+            self._model = TracedModel(self._model)
         give_memory_back()
 
     def _work(self, job: EncodingJob) -> None:
@@ -3562,6 +3591,12 @@ def tells_queries_apart(model: Any) -> bool:
     return any(model.prompts.values()) or any(hasattr(module, "sub_modules") for module in model.children())
 
 
+def own_tokenizer(model: Any) -> Any:
+    """A copy of a model's tokenizer (`tokenizers.Tokenizer`): the model's own is at work in another thread."""
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+    return type(tokenizer).from_str(tokenizer.to_str())
+
+
 class WordVectors:
     """Vectors of single words, out of the table that a model begins to read with: words that mean alike things have
     alike rows, and a look-up runs no model. Only of words that are a row of their own: one that the model reads in
@@ -3577,8 +3612,7 @@ class WordVectors:
 
         tables = [m.weight for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
         self._table = max(tables, key=len).detach()  # that of positions and such are shorter
-        tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
-        self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the model's own is at work in another thread
+        self._tokenizer = own_tokenizer(model)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         rows = self._rows(np.linspace(0, len(self._table) - 1, min(TABLE_SAMPLE, len(self._table))).astype(np.int64))
@@ -3644,41 +3678,69 @@ def faster(model: Any) -> Any:
     return model
 
 
-def trace_transformer(model: Any) -> None:
-    """Has a model's transformer run as one program (torch.jit.trace), where its vectors stay what they were.
+class TracedModel:
+    """A sentence-transformers model as one program (torch.jit.trace), from token ids to unit vectors.
 
-    Between its operations there is no Python then: a short text takes a quarter less, and other threads can work
-    meanwhile. Raises whatever a transformer does that cannot be traced.
+    There is no Python between its operations, and none of what `SentenceTransformer.encode` does around them for any
+    model: a short text takes half of the time, and other threads work meanwhile.
     """
-    import torch
 
-    transformer, samples = model[0].model, [model.preprocess([text]) for text in SAMPLES]
-    names = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
-    transformer.requires_grad_(False)
+    def __init__(self, model: Any):
+        """Raises `ValueError` where its vectors are not the model's own, and whatever a model does that cannot be
+        traced or has no tokenizer of the `tokenizers` package."""
+        import torch
 
-    def hidden(*tensors: Any) -> Any:
-        """The last layer's output."""
-        return transformer(**dict(zip(names, tensors, strict=True)))[0]
+        self.prompts = model.prompts
+        self._tokenizer = own_tokenizer(model)
+        self._tokenizer.enable_truncation(model.max_seq_length)
+        # oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
+        pad = {"pad_id": model.tokenizer.pad_token_id, "pad_token": model.tokenizer.pad_token}
+        self._tokenizer.enable_padding(pad_to_multiple_of=TOKEN_STEP, **pad)
+        names = [name for name, value in model.preprocess(["?"]).items() if isinstance(value, torch.Tensor)]
+        self._rows = [TOKEN_ROWS[name] for name in names]
+        model.requires_grad_(False)
 
-    inputs = [[some[name] for name in names] for some in samples]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
-        traced = torch.jit.trace(hidden, tuple(inputs[-1]), check_trace=False)
-        same = all(torch.allclose(hidden(*some), traced(*some), atol=SAME_VALUES) for some in inputs)
-    if same:
-        transformer.forward = functools.partial(run_padded, traced, names)
+        def unit(*tensors: Any) -> Any:
+            """The vectors of padded token ids."""
+            made = model(dict(zip(names, tensors, strict=True)))["sentence_embedding"]
+            return torch.nn.functional.normalize(made.float(), dim=1)
 
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
+            self._program = torch.jit.trace(unit, self._inputs(SAMPLES[-1:]), check_trace=False)
+        for some in (SAMPLES, *([text] for text in SAMPLES)):
+            own, made = (unit_vectors(one, some, some) for one in (model, self))
+            if made.shape != own.shape or not np.allclose(made, own, atol=SAME_VALUES):
+                raise ValueError("the traced model gives other vectors")
 
-def run_padded(traced: Callable, names: Sequence[str], **given: Any) -> dict:
-    """What a traced transformer makes of its inputs, each int64 [texts, tokens], filled up to one of a few lengths.
+    def _inputs(self, texts: Sequence[str]) -> tuple:
+        import torch
 
-    oneDNN keeps code of its own for every number of tokens that it has met, one to two megabytes for each.
-    """
-    import torch
+        read = self._tokenizer.encode_batch(list(texts)) if len(texts) > 1 else [self._tokenizer.encode(texts[0])]
+        return tuple(torch.tensor([getattr(one, row) for one in read]) for row in self._rows)
 
-    count = given[names[0]].shape[1]
-    filled = [torch.nn.functional.pad(given[name], (0, -count % TOKEN_STEP)) for name in names]
-    return {"last_hidden_state": traced(*filled)[:, :count]}
+    def encode(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """Unit vectors of texts, float32 [texts, dimensions]."""
+        import torch
+
+        with torch.inference_mode():
+            return self._program(*self._inputs(texts)).numpy()
+
+    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """The same of queries, behind the model's prompt for them."""
+        return self._prompted(texts, "query")
+
+    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        """The same of documents, behind the model's prompt for them."""
+        return self._prompted(texts, "document", "passage", "corpus")
+
+    def _prompted(self, texts: Sequence[str], *names: str) -> np.ndarray:
+        prompt = next((self.prompts[name] for name in names if self.prompts.get(name)), "")
+        return self.encode([prompt + text for text in texts])
+
+    def children(self) -> list:
+        """No modules: `unit_vectors` looks there for what sentence-transformers routes queries through."""
+        return []
 
 
 def linear_in_bfloat16(layer: Any, given: Any) -> Any:
@@ -4165,8 +4227,10 @@ class Tree:
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
-        found = [i for i in self.children.get(node, ()) if self.nodes[i].digest == digest]
-        return next((i for i in found if self.nodes[i].confirmed), found[-1] if found else ROOT)
+        found = [n for i in self.children.get(node, ()) if (n := self.nodes[i]).digest == digest]
+        if len(found) > 1:
+            found = [n for n in found if n.confirmed][:1] or found[-1:]
+        return found[0].id if found else ROOT
 
     def siblings(self, node: str) -> list[str]:
         """The other messages in that one's place, oldest first: swipes, and what edits have replaced."""
@@ -4333,8 +4397,8 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     branch.
     """
     exact = exact_start(tree, digests, head)
-    if exact and (len(exact.kept) == len(digests) or goes_on(exact, digests, head)):
-        return exact
+    if exact and (goes_on(exact, digests, head) or not any(same_text(tree, d) for d in digests[len(exact.kept) :])):
+        return exact  # what follows is nowhere in the chat
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
@@ -5641,7 +5705,7 @@ class ChatStore:
                 gone = [f"g:{generation - KEPT_GENERATIONS}", *(f"m:{message}" for message in dropped)]
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    values[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
+                    values[f"p:{number}"] = report.text
                     gone.append(f"p:{number - KEPT_REPORTS}")
                 values[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 values["generation"] = generation
@@ -6294,14 +6358,14 @@ TRAITS = ("question", "answer", "name", "change", "time", "number")  # of a mess
 
 @functools.cache
 def word_pattern(language: str, kind: int) -> re.Pattern:
-    """What finds a language's words of a kind."""
+    """What finds a language's words of a kind in a text in lower case."""
     words = "|".join(map(re.escape, SPEECH_WORDS.get(language, SPEECH_WORDS["en"])[kind].split())).replace("_", r"\s")
-    return re.compile(f"(?:{words})" if language in UNSPACED_LANGUAGES else rf"\b(?:{words})\b", re.I)
+    return re.compile(f"(?:{words})" if language in UNSPACED_LANGUAGES else rf"\b(?:{words})\b")
 
 
 def says(text: str, kind: int, language: str) -> bool:
     """Whether a text has one of a language's words of a kind, see SPEECH_WORDS."""
-    return bool(word_pattern(language, kind).search(text))
+    return tells(word_pattern(language, kind), text)
 
 
 def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
@@ -6314,7 +6378,7 @@ def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
     text = clip(text)
     asked = sum(len(clause) for clause in CLAUSES.findall(text) if clause.endswith(ASKING_MARKS))
     named = any(CAPITAL.match(found[0]) for found in NAMED.finditer(text))
-    time, number = (bool(pattern.search(text)) for pattern in time_and_number(language))
+    time, number = (tells(pattern, text) for pattern in time_and_number(language))
     return (
         share_of(asked, len(text)),
         0.0,
@@ -6327,32 +6391,33 @@ def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
 
 @functools.cache
 def time_and_number(language: str) -> tuple[re.Pattern, re.Pattern]:
-    """What finds that a text of a language names a time, and a number above one."""
+    """What finds that a text of a language, in lower case, names a time, and a number above one."""
     calendar = calendar_of(language)
     times = (*calendar.months, *calendar.weekdays, *calendar.seasons, *calendar.units, calendar.yesterday)
     edge = "" if language in UNSPACED_LANGUAGES else r"\b"
     return tuple(
-        re.compile(rf"{edge}(?:{'|'.join(words)}){edge}", re.I)
+        re.compile(rf"{edge}(?:{'|'.join(words)}){edge}")
         for words in ((*times, r"(?:19|20)\d\d"), (*calendar.numbers[1:TRAIT_NUMBERS], r"\d+"))
     )
 
 
 @functools.cache
 def story_day_pattern(language: str) -> re.Pattern:
-    """What finds that a text names a day of its story: "the third day at sea", "the 3rd night", "day 3"."""
+    """What finds that a text, in lower case, names a day of its story: "the third day at sea", "the 3rd night", "day
+    3"."""
     calendar, edge = calendar_of(language), "" if language in UNSPACED_LANGUAGES else r"\b"
     ordinals = "|".join((*calendar.ordinals, r"\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)"))
     nth = rf"(?P<nth>{ordinals}) ?(?:{calendar.story_days})"
-    return re.compile(rf"{edge}(?:{nth}|(?:{calendar.units[0]}) (?P<number>\d\d?)){edge}", re.I)
+    return re.compile(rf"{edge}(?:{nth}|(?:{calendar.units[0]}) (?P<number>\d\d?)){edge}")
 
 
 def story_day(text: str, language: str) -> int:
     """The day of the story that a text names first, from 1 on; 0 where it names none."""
-    found = story_day_pattern(language).search(clip(text))
+    found = story_day_pattern(language).search(clip(text).lower())
     if not found:
         return 0
     digits = re.match(r"\d+", found["nth"] or found["number"])
-    return int(digits[0]) if digits else word_place(calendar_of(language).ordinals, found["nth"].lower())
+    return int(digits[0]) if digits else word_place(calendar_of(language).ordinals, found["nth"])
 
 
 def word_place(patterns: Sequence[str], word: str) -> int:
@@ -6952,7 +7017,9 @@ class MemoryIndex:
         if not self._dense.count:
             return np.zeros((len(hashes), 0), np.float32)
         positions = np.array([self._positions.get(h, -1) for h in hashes], np.int64)
-        return np.where(positions[:, None] >= 0, self._dense.vectors(positions), np.float32(0))
+        found = self._dense.vectors(positions)
+        found[positions < 0] = 0
+        return found
 
     def sentence_vectors(self, text_hash: str) -> np.ndarray:
         """The vectors of a text's sentences, float32 [sentences, dimensions]; its own where it is but one sentence, or
@@ -7210,7 +7277,9 @@ class Chat:
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
         self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
-        self.foreseen_mood: tuple[list[Node], MoodTrack] = ([], MoodTrack())  # see `Feelings.foresee`
+        # The user's messages that the last mood was followed over, and the track of it before the newest of them, which
+        # the background makes.
+        self.mood_followed: tuple[list[Node], MoodTrack | None] = ([], None)
         self.places: tuple[Branch, Any] = (Branch(), None)  # the branch last told of, and where summaries stand
         self._counted = Branch(), Column(np.int64)  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
@@ -7352,14 +7421,15 @@ class Catalogue:
         (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
         chat_id = line["chat_id"]
         with self._database.transaction() as cache:
-            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes"])
+            forgot = f"x:{chat_id}"
+            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes", forgot])
             values = {f"c:{chat_id}": json.dumps(line), "changes": known.pop("changes", 0) + 1}
             for key in (f"{kind}:{digest}" for digest in digests):
                 chats = json.loads(known.get(key, "[]"))
                 if chat_id not in chats:
                     values[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
-            put_values(cache, values | ({f"x:{chat_id}": forgetful} if forgetful else {}))
-            delete_values(cache, [] if forgetful else [f"x:{chat_id}"])
+            put_values(cache, values | ({forgot: forgetful} if forgetful else {}))
+            delete_values(cache, [forgot] if forgot in known and not forgetful else [])
 
     def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
         """Takes a chat out: its line and its texts, all rows being looked through where `digests` is None.
@@ -8177,14 +8247,21 @@ def in_first_person(text: str, names: Collection[str]) -> str:
     return re.sub(name, "I ", text, flags=re.I).replace("I ?", "I?").strip()
 
 
+@functools.lru_cache(16)
 def asked_clauses(text: str, language: str) -> str:
-    """What of a text asks: its questions; all of it where it begins like one, without the mark."""
-    asked = []
-    for clause in CLAUSES.findall(text):
-        tag = re.split(r"[,\uff0c\u3001]", clause)[-1]  # "..., doesn't she?" asks nothing
-        asks = says(clause, ASKING, language) or bool(query_words(tag, (), language))
-        if says(clause, REMINDING_OF, language) or (clause.endswith(ASKING_MARKS) and asks):
-            asked.append(clause)
+    """What of a text asks: its questions; all of it where it begins like one, without the mark. A turn wants to know
+    three times."""
+
+    def asks(question: str) -> bool:
+        """Whether a question asks something: what ends with "..., doesn't she?" does not."""
+        tag = re.split(r"[,\uff0c\u3001]", question)[-1]
+        return says(question, ASKING, language) or bool(query_words(tag, (), language))
+
+    asked = [
+        clause
+        for clause in CLAUSES.findall(text)
+        if says(clause, REMINDING_OF, language) or (clause.endswith(ASKING_MARKS) and asks(clause))
+    ]
     first = re.match(r"\W*(\w+)", text)
     if not asked and first and says(text if language in UNSPACED_LANGUAGES else first[0], ASKING, language):
         asked = [text]
@@ -8193,7 +8270,7 @@ def asked_clauses(text: str, language: str) -> str:
 
 def without_preamble(question: str, language: str) -> str:
     """ "Do you remember where I live?" asks where I live."""
-    found = word_pattern(language, REMINDING_OF).search(question)
+    found = word_pattern(language, REMINDING_OF).search(question.lower())
     if not found or (found.start() >= PREAMBLE and language not in UNSPACED_LANGUAGES):
         return question
     sides = (question[found.end() :].strip(), question[: found.start()].strip())  # Japanese says the verb last
@@ -8214,6 +8291,23 @@ def understand(
     A text that says little by itself ("yes, do it", "*nods*", "who is she?") is resolved with the messages `before`
     it. A text that asks nothing is looked up as it stands: others may say alike things.
     """
+    query, language = understood_undated(text, asker, tuple(speakers.items()), tuple(before), language)
+    dates = named_dates(text, now, language) if query.asked else ()
+    if not dates:
+        return query
+    names = participant_words(speakers)
+    if query_words(without_dates(query.asked, language), names, language):
+        return replace(query, dates=dates)
+    return replace(query, dates=dates, wants=query.wants | {"day"}, asks=ASKS)  # "What did we do yesterday?"
+
+
+@functools.lru_cache(8)
+def understood_undated(
+    text: str, asker: str, roles: tuple[tuple[str, str], ...], before: tuple[str, ...], language: str
+) -> tuple[Query, str]:
+    """What a text asks of the past, but for the times that it names, and its language; kept, as a turn asks again when
+    its messages are written. `roles` are the speakers with theirs."""
+    speakers = dict(roles)
     language, names = language_of(clip(text), language), participant_words(speakers)
     words = query_words(text, (), language)
     little = not words or (len(words) < SAYS_LITTLE and bool(GESTURE.match(text)))
@@ -8223,17 +8317,15 @@ def understand(
     words = tuple(query_words(f"{bare} {context}", names, language))
     spoken = f"{context} {bare}".strip()
     if not asked:
-        return Query(words, spoken)
+        return Query(words, spoken), language
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
         spoken = in_first_person(spoken, [w for w, of in names.items() if of == about])
     wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
-    dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
-    if dates and not query_words(without_dates(asked, language), names, language):
-        wants, asks = wants | {"day"}, ASKS  # "What did we do yesterday?"
-    return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
+    asks, day = how_it_asks(text, asked, language), story_day(asked, language)
+    return Query(words, spoken, about, (), asks, wants, asked, day), language
 
 
 def how_it_asks(text: str, asked: str, language: str) -> float:
@@ -8281,14 +8373,15 @@ NUMBERED_DATES = (  # in any language
 
 
 @functools.cache
-def date_patterns(language: str) -> tuple[str, ...]:
-    """What finds a language's dates, the most exact first; what one has found, the others leave alone."""
+def date_patterns(language: str) -> list[re.Pattern]:
+    """What finds a language's dates in a text in lower case, the most exact first; what one has found, the others leave
+    alone."""
     months = calendar_of(language).months
     bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
     if not months:
-        return NUMBERED_DATES
+        return list(map(re.compile, NUMBERED_DATES))
     month, of = rf"(?P<month>{alternatives(months)})", r"(?:,|\.| of| de)? ?"
-    return (
+    dates = (
         rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
         rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
         rf"\b{MONTH_MARKS if language == 'en' else ''}{month}\b(?:{of}{YEAR})?",
@@ -8296,11 +8389,13 @@ def date_patterns(language: str) -> tuple[str, ...]:
         *NUMBERED_DATES,
         bare,
     )
+    return list(map(re.compile, dates))
 
 
 @functools.cache
 def relative_pattern(language: str) -> re.Pattern:
-    """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
+    """What finds a language's times that are told from today, in a text in lower case: `yesterday`, `count` and `unit`,
+    or `last`."""
     calendar, spaced = calendar_of(language), language not in UNSPACED_LANGUAGES
     units, edge = alternatives(calendar.units), r"\b" * spaced
     count = r"(?:\w+\s)??(?P<count{i}>\w+)" if spaced else rf"(?P<count{{i}}>\d\d?|{'|'.join(calendar.numbers)}|\w)"
@@ -8310,7 +8405,7 @@ def relative_pattern(language: str) -> re.Pattern:
     )
     whole = "|".join((*calendar.weekdays, *calendar.seasons, units))
     last = rf"{calendar.last}\s?(?P<last0>{whole})|(?P<last1>{whole})\s{calendar.last}"
-    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{last}){edge}", re.I)
+    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{last}){edge}")
 
 
 def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[float, float], ...]:
@@ -8322,10 +8417,10 @@ def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[floa
     this_year = datetime.fromtimestamp(now * DAY, UTC).year
     text = clip(text).lower()
     for pattern in date_patterns(language):
-        for found in re.finditer(pattern, text):
+        for found in (places := list(pattern.finditer(text))):
             years = [int(found["year"])] if found["year"] else [this_year - 1, this_year]
             spans += [span for year in years if (span := span_of(found.groupdict(), year, language))]
-        text = re.sub(pattern, " ", text)
+        text = pattern.sub(" ", text) if places else text
     relative = relative_pattern(language).finditer(text) if now else ()
     return (*spans, *(relative_span(found.groupdict(), now, language) for found in relative))
 
@@ -8334,7 +8429,7 @@ def without_dates(text: str, language: str = "en") -> str:
     """The text, in lower case, without the times that it names."""
     text = text.lower()
     for pattern in (*date_patterns(language), relative_pattern(language)):
-        text = re.sub(pattern, " ", text)
+        text = pattern.sub(" ", text)
     return text
 
 
@@ -8644,56 +8739,64 @@ def relevance_probability(score: float, best: float) -> float:
 
 
 def newest_first(
-    memories: Sequence[Memory], parts: Sequence[tuple[Sequence[str], np.ndarray]], noise: tuple[float, float]
-) -> list[Memory]:
+    memories: Sequence[Memory], owners: np.ndarray, near: np.ndarray, said: Callable[[int], Iterable[str]]
+) -> list[Memory]:  # fmt: skip
     """The memories, best first, of those by one speaker about the same thing the newest first; and an older one knows
     by which it was changed, where that says so.
 
-    "Where do I live?" is nearest to "I live in Lisbon", and "I moved to Porto" is what holds. `parts` are the sentences
-    of the first memories that are about the question, with their vectors (float32 [sentences, dimensions]); `noise` is
-    the mean of the cosines of two messages of the chat, and their standard deviation.
+    "Where do I live?" is nearest to "I live in Lisbon", and "I moved to Porto" is what holds. `owners`, int [n], are
+    the places of the memories whose n sentences are about the question, `near`, float32 [n, n], is how near those are
+    to each other, in units of the chat's noise, and `said` gives those of the memory at a place.
     """
-    best, (mean, spread) = list(memories[: len(parts)]), noise
-    every = np.concatenate([vectors for _, vectors in parts]) if parts else np.zeros((0, 0), np.float32)
-    ends = np.cumsum([len(vectors) for _, vectors in parts]).tolist()
-    rows = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-    cosines = every @ every.T
-    every_near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
-    for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
+    best, starts = list(memories), np.flatnonzero(np.diff(owners, prepend=-1))
+    if not len(starts):
+        return best
+    nearest = np.maximum.reduceat(np.maximum.reduceat(near, starts, axis=0), starts, axis=1).tolist()
+
+    @functools.cache
+    def tell_change(i: int) -> list[bool]:
+        """Whether the sentences of the memory at that place tell of a change."""
+        return [tells(CHANGED, clip(sentence)) for sentence in said(i)]
+
+    places = owners[starts].tolist()
+    for a, b in itertools.combinations(sorted(range(len(places)), key=lambda a: best[places[a]].index), 2):
+        i, j, nearness = places[a], places[b], nearest[b][a]
         older, newer = best[i], best[j]
-        near = every_near[rows[j], rows[i]]
-        if older.message.speaker != newer.message.speaker or near.max(initial=0) < SAME_BEST:
+        if nearness < SAME_BEST or older.message.speaker != newer.message.speaker:
             continue
         enough = SAME_CHANGED if max(i, j) > 1 else SAME_BEST
-        changed = any(
-            CHANGED.search(clip(sentence))
-            for sentence, row in zip(parts[j][0], near, strict=True)
-            if row.max(initial=0) >= enough
-        )
+        changed = nearness >= enough and any((near[owners == j][:, owners == i].max(axis=1) >= enough)[tell_change(j)])
         if changed:
             best[i] = replace(older, changed_in=newer.index)
-        if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
+        if (changed or nearness >= SAME_THING) and newer.score < older.score:
             best[j] = with_score(newer, "supersedes", older.score + 1e-3)
-    return sorted([*best, *memories[len(parts) :]], key=lambda m: -m.score)
+    return sorted(best, key=lambda m: -m.score)
 
 
 def is_duplicate(a: str, b: str, cosine: float | None) -> bool:
     """Whether two texts are near-duplicates; `cosine` is None where one has no vector. Other numbers are other news."""
     if cosine is None:
-        words = set(lexical_words(a))
-        return bool(words) and words == set(lexical_words(b))
-    return cosine > NEAR_DUPLICATE and sorted(re.findall(r"\d+", a)) == sorted(re.findall(r"\d+", b))
+        words = word_set_hash(a)
+        return bool(words) and words == word_set_hash(b)
+    return cosine > NEAR_DUPLICATE and (a == b or sorted(re.findall(r"\d+", a)) == sorted(re.findall(r"\d+", b)))
+
+
+@kept_for_short
+def word_set_hash(text: str) -> int:
+    """Equal for texts of the same words in any order; 0 for one without words."""
+    words = frozenset(lexical_words(text))
+    return hash(words) if words else 0
 
 
 def choose(
     likely: Sequence[float],
     costs: Sequence[int],
-    duplicates: Callable[[int, int], bool],
+    twin: Callable[[int, Iterable[int]], int | None],
     budget: int,
     cost_per_token: float = COST_PER_TOKEN,
 ) -> tuple[list[int], dict[int, int | None]]:
     """Which candidates get into `budget` tokens, and of those left out the chosen one that says the same (None: no
-    room). `likely` are their probabilities of being relevant; `duplicates` tells whether two are near-duplicates.
+    room). `likely` are their probabilities of being relevant; `twin` gives the first of others that says the same.
 
     By probability per token, as a knapsack is filled greedily (Dantzig 1957), but the likeliest one first. Candidates
     below the cost per token are dropped silently.
@@ -8703,7 +8806,7 @@ def choose(
     chosen: list[int] = []
     left: dict[int, int | None] = {}
     for i in sorted(sorted(worth, key=lambda i: -likely[i] / costs[i]), key=lambda i: i != best):
-        same = next((c for c in chosen if duplicates(c, i)), None)
+        same = twin(i, chosen)
         if same is None and costs[i] <= budget:
             chosen.append(i)
             budget -= costs[i]
@@ -8719,18 +8822,19 @@ def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) ->
     """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
     said, rarity = kept_lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
-    forms = zip(said_forms(tuple(words)), rarity, strict=False)
-    return sum(r for (start, form), r in forms if start in said and form.search(said)) / total
+    starts = (word[: max(3, len(word) - STEM_LETTERS)] for word in words)  # whatever their endings
+    return sum(r for start, r in zip(starts, rarity, strict=False) if begins_word(said, start)) / total
 
 
 kept_lexical_text = kept_for_short(lexical_text)  # each turn looks at the same pieces of a persona
 
 
-@functools.lru_cache(8)
-def said_forms(words: Sequence[str]) -> list[tuple[str, re.Pattern]]:
-    """How each of the words begins in a lexical text, whatever its ending, and what finds that at a word's start."""
-    starts = [word[: max(3, len(word) - STEM_LETTERS)] for word in words]
-    return [(start, re.compile(rf"\b{re.escape(start)}")) for start in starts]
+def begins_word(text: str, start: str) -> bool:
+    """Whether a word of a text begins so."""
+    at = text.find(start)
+    while at > 0 and (text[at - 1].isalnum() or text[at - 1] == "_"):
+        at = text.find(start, at + 1)
+    return at >= 0
 
 
 def sentence_start(text: str, start: int) -> int:
@@ -9086,7 +9190,7 @@ def extract_summary(rows: Sequence[tuple[str, str, float]], room: int) -> str:
             fresh = names_in(sentence) - names
             names |= fresh
             length = min(1.0, len(content_terms(sentence)) / 8)
-            score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * bool(PROMISE.search(sentence))
+            score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * tells(PROMISE, sentence)
             candidates.append((score, (i, number), speaker, sentence))
     chosen, left = [], room
     for _, where, speaker, sentence in sorted(candidates, key=lambda c: (-c[0], c[1])):
@@ -9533,7 +9637,13 @@ def memory_line(memory: Memory) -> str:
 
 def given_day(memory: Memory) -> str:
     """The day that the client gives a message; empty where it gives none."""
-    return one_line(memory.message.timestamp, 10)
+    return day_shown(memory.message.timestamp) if memory.message.timestamp else ""
+
+
+@kept_for_short
+def day_shown(timestamp: str) -> str:
+    """The day of a client's timestamp, ISO 8601."""
+    return one_line(timestamp, 10)
 
 
 def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
@@ -9671,8 +9781,7 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
     return [*persona[:-1], {**last, "content": f"{last.get('content') or ''}\n\n{story}"}]
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """A message of a prompt as it was sent: what comparing it with the next prompt needs."""
 
     key: Any  # equal for messages that are the same, byte for byte
@@ -10415,6 +10524,7 @@ class Call:
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
         self._socket: socket.socket | None = None
+        self.meanwhile: Callable[[], Any] = lambda: None  # what is done while the upstream works, if there is time
 
     @property
     def cancelled(self) -> bool:
@@ -10422,7 +10532,9 @@ class Call:
         return self._ended.is_set()
 
     def trace(self, event: str, info: Mapping) -> None:
-        """httpx's trace extension: notes the connection's socket as soon as there is one."""
+        """httpx's trace extension: notes the connection's socket as soon as there is one, and when all is sent."""
+        if event.endswith("send_request_body.complete"):
+            self.meanwhile()
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self.connected(info["return_value"].get_extra_info("socket"))
 
@@ -12049,6 +12161,10 @@ class OpenAIUpstream:
         self._kept: list[tuple[httpx.Client, socket.socket]] = []  # connections that nobody uses at the moment
 
     @functools.cached_property
+    def _address(self) -> httpx.URL:
+        return httpx.URL(f"{self.url}/chat/completions{self._query}")
+
+    @functools.cached_property
     def _tls(self) -> Any:
         return httpx.create_ssl_context()  # 20 ms; the connections share it
 
@@ -12144,7 +12260,7 @@ class OpenAIUpstream:
                 client, known = self._client(self.url, self._timeout), None
             try:
                 request = client.build_request(
-                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
+                    "POST", self._address, content=body, headers=self.headers(call),
                     extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
                 )  # fmt: skip
                 return client, client.send(request, stream=True)
@@ -12770,10 +12886,10 @@ class Prepared:
     """A request as the upstream gets it, and what is needed to record the reply."""
 
     body: dict
-    header: str
+    told: str  # what `header` says of a request without a report
     chat_id: str = ""
     tip: str = ROOT
-    report: PromptReport | None = None
+    make_report: Callable[[], PromptReport | None] = lambda: None  # `once`; the upstream need not wait for it
     history: int | None = None  # where in the body's messages the chat itself begins
     fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
     refused: str = ""  # the part without which the upstream took it
@@ -12782,6 +12898,16 @@ class Prepared:
     limit: int = 0  # a context length that the model seems to have, though nobody has said so; 0: none is guessed
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
+
+    @property
+    def report(self) -> PromptReport | None:
+        """What went into the prompt; None where memory has no part in it."""
+        return self.make_report()
+
+    @property
+    def header(self) -> str:
+        """The value of the response header `X-Persona-Memory`."""
+        return report_header(report) if (report := self.report) else self.told
 
 
 # ------------------------------------------------------------------------------------------------- the API's rows
@@ -12802,20 +12928,22 @@ def message_rows(chat: Chat, ids: Sequence[str]) -> list[dict]:
     return [message_row(m, chat.tree.nodes[m.id].depth) for m in chat.store.read(ids)]
 
 
-def memory_row(memory: Memory) -> dict:
-    """A memory as the API shows it."""
-    m = memory.message
-    elsewhere = {"chat_id": memory.chat} if memory.chat else {}
-    return elsewhere | {
-        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "content": m.words,
-        "timestamp": m.timestamp, "score": round(memory.score, 4),
-        "scores": {k: round(v, 4) for k, v in memory.scores.items()},
-    }  # fmt: skip
-
-
 def recalled_row(memory: Memory) -> dict:
     """A memory as a prompt's report shows it: without its text, which may be edited or forgotten later."""
-    return {k: v for k, v in memory_row(memory).items() if k != "content"} | {"part": bool(memory.excerpt)}
+    m = memory.message
+    row = {
+        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "timestamp": m.timestamp,
+        "score": round(memory.score, 4), "scores": {k: round(1e4 * v) / 1e4 for k, v in memory.scores.items()},
+        "part": bool(memory.excerpt),
+    }  # fmt: skip
+    return {"chat_id": memory.chat, **row} if memory.chat else row
+
+
+def memory_row(memory: Memory) -> dict:
+    """A memory as the API shows it."""
+    row = recalled_row(memory) | {"content": memory.message.words}
+    del row["part"]
+    return row
 
 
 def left_out_row(memory: Memory, reason: str) -> dict:
@@ -12905,7 +13033,7 @@ class AskedVectors:
     missing: list[str]  # hashes of all texts of the branch that lack a vector
     parts: list[dict[str, str]]  # texts by vector key
     whole: frozenset[str]  # the keys of texts that are embedded as a whole
-    futures: list[Future]
+    futures: list[Future | None]  # None for a part without texts; the first one has the query
     deadline: Deadline
 
 
@@ -13088,7 +13216,7 @@ class Vectors:
         others = {k: t for k, t in firsts.items() if k not in own}
         parts = [own, others, {}] if not query or read_together(own.values(), query.spoken) else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
-        futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
+        futures = [ask(each_once(p), queries=() if i else queries) if p or not i else None for i, p in enumerate(parts)]
         return AskedVectors(chat, missing, parts, whole, futures, deadline)
 
     def take_for_turn(
@@ -13120,8 +13248,10 @@ class Vectors:
 
     def _take(self, asked: AskedVectors, part: int) -> np.ndarray:
         """Waits for a part of what a turn has asked for, and puts the messages' vectors in index and store."""
-        texts, chat = asked.parts[part], asked.chat
-        encoded = self.embedder.answer(asked.futures[part], asked.deadline.left)
+        texts, chat, future = asked.parts[part], asked.chat, asked.futures[part]
+        if future is None:
+            return np.zeros((0, 0), np.float32)
+        encoded = self.embedder.answer(future, asked.deadline.left)
         vectors = dict(zip(each_once(texts), encoded, strict=False))  # the query's is the last
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
@@ -13239,9 +13369,10 @@ def each_once(texts: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(texts.values()))
 
 
-def users_of(nodes: Sequence[Node]) -> list[Node]:
-    """The user's newest messages of a branch, which tell the mood; oldest first."""
-    return list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+def users_of(nodes: Sequence[Node], first: int) -> list[Node]:
+    """The user's newest messages of a branch from the index `first` on, which tell the mood; oldest first."""
+    users = (n for n in reversed(nodes) if n.role == "user" and n.depth >= first)
+    return list(itertools.islice(users, MOOD_SPAN))[::-1]
 
 
 def still_there(chat: Chat, ids: Iterable[str]) -> list[str]:
@@ -13272,8 +13403,7 @@ class Feelings:
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
         self._bags: dict[str, np.ndarray | None] = {}  # of the text that was foreseen last
-        if self._by_vector:
-            vectors.afterwards = self.read_ahead
+        vectors.afterwards = self.read_ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
 
@@ -13330,23 +13460,24 @@ class Feelings:
         found = self._bags.get(text)
         return self._vectors.embedder.bag(text) if found is None else found
 
-    def foresee(self, turn: TurnContext) -> None:
-        """Does what the newest message's feelings and the mood take beside its vector: a turn does so while that is
-        made."""
-        chat, text = turn.chat, turn.newest.content
+    def foresee(self, text: str) -> None:
+        """Does what the newest message's feelings take beside its vector: a turn does so while that is made."""
         if self._by_vector:
             self._bags = {text: self._vectors.embedder.bag(text)}
             emotion_features(clip(text))
-        with chat.lock:
-            before, track = users_of(turn.nodes[turn.first :])[:-1], MoodTrack()
-            if all(n.fingerprint in chat.readings for n in before):  # others may yet be read in another way
-                for node in before:
-                    track.felt(node.depth, chat.readings[node.fingerprint])
-                chat.foreseen_mood = before, track
 
     def read_ahead(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
-        """Stores what messages feel that have vectors, so that the turn which recalls them need not read them."""
+        """Follows the mood up to the next turn, and stores what messages feel that have vectors, so that the turn which
+        recalls them need not read them."""
         with chat.lock:
+            users, track = chat.mood_followed
+            if not track and all(n.fingerprint in chat.readings for n in users):  # others may yet be read anew
+                track = MoodTrack()
+                for node in users[:-1]:
+                    track.felt(node.depth, chat.readings[node.fingerprint])
+                chat.mood_followed = users, track
+            if not self._by_vector:
+                return
             reader, words = self._reader(chat), chat.usual_wording
             made, chat.unstored_readings = chat.unstored_readings, {}
         chat.store.put_readings(reader, made)
@@ -13389,12 +13520,21 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
-    def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
-        """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = users_of(nodes)
-        readings = [(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)]
-        (before, track), chat.foreseen_mood = chat.foreseen_mood, ([], MoodTrack())
-        return track.felt(*readings[-1]) if users and before == users[:-1] else mood_of(readings)
+    def mood(self, chat: Chat, nodes: Sequence[Node], first: int = 0) -> Mood | None:
+        """How the user of a branch, whose persona ends at the index `first`, feels by now, None where that cannot be
+        told; hold the chat's lock."""
+        users, (known, track) = users_of(nodes, first), chat.mood_followed
+        if users != known:
+            chat.mood_followed = users, None
+        fresh, track = users, shallow_copy(track)
+        if track and users[:-1] == known[:-1]:
+            fresh = users[-1:]
+        elif track and users[:-1] == known[1 - MOOD_SPAN :]:  # the chat went on
+            fresh = users[-2:]
+        else:
+            track = MoodTrack()
+        moods = [track.felt(n.depth, r) for n, r in zip(fresh, self.read(chat, fresh), strict=True)]
+        return moods[-1] if moods else None
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
@@ -14034,7 +14174,6 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
     tree = chat.tree
     stood = [i for i in tree.children.get(alignment.tip, ()) if tree.is_confirmed(i) and tree.nodes[i].role == "user"]
     later = Counter(t.digest for t in request.turns[place:])
-    newest = chat.path()[-2 * REWORDED :]
     for message in chat.store.read_again(stood[-REWORDED:]):  # whoever asks anew looks at the same ones each time
         rest = around(message.original, turn.content)
         if rest and (place + 1 == len(request.turns) or normalise(request.turns[place + 1].content) != rest):
@@ -14043,8 +14182,9 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
         gained = around(turn.content, message.original)
-        near = [j for i in newest for j in tree.siblings(i) if tree.nodes[j].role == "user"]
-        if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
+        places = chat.path()[-2 * REWORDED :] if gained else ()
+        near = [j for i in places for j in tree.siblings(i) if tree.nodes[j].role == "user"]
+        if any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
 
@@ -14272,7 +14412,7 @@ class Recaller:
                     index.look_up(query.words, self._vectors.embedder.word_vectors)
             if turn.newest:
                 with contextlib.suppress(Exception):  # reading them comes to it again, and tells
-                    self._feelings.foresee(turn)
+                    self._feelings.foresee(turn.newest.content)
             vector, degraded = self._vectors.take_for_turn(asked, turn.nodes, turn.newest, query)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
@@ -14354,16 +14494,17 @@ class Recaller:
         asking: EmotionReading,
     ) -> list[Memory]:  # fmt: skip
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
-        messages = chat.store.read_again([nodes[i].id for i in indexes])
-        readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories, columns = [], zip(*(values[indexes].tolist() for values in scores.values()), strict=True)
-        for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
-            row = dict(zip(scores, found, strict=True))
+        found = [nodes[i] for i in indexes]
+        messages, readings = chat.store.read_again([n.id for n in found]), self._feelings.read(chat, found)
+        feels_alike, places = emotion_matches(asking, readings), np.array(indexes, np.int64)
+        columns, memories = zip(*(values[places].tolist() for values in scores.values()), strict=True), []
+        for i, values in enumerate(columns):
+            message, row = messages[i], dict(zip(scores, values, strict=True))
             # Whether a name was new then is not asked here: it would take the names of all messages before.
-            matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
-            feels_alike = emotion_match(asking, reading)
-            more = tie_breakers({"emotion": feels_alike, "importance": matters, "recency": i / len(nodes)})
-            memories.append(Memory(message, nodes[i].depth, row.pop("score") + sum(more.values()), row | more))
+            matters = importance_alone(clip(message.content), round(1 - readings[i].scores["neutral"], 3))
+            recency = indexes[i] / len(nodes)
+            more = tie_breakers({"emotion": feels_alike[i], "importance": matters, "recency": recency})
+            memories.append(Memory(message, found[i].depth, row.pop("score") + sum(more.values()), row | more))
         return sorted(memories, key=lambda m: -m.score)
 
     def search(
@@ -14393,12 +14534,12 @@ class Recaller:
                 memories = with_newest_first(memories, index, query, vector)
             memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
             with chat.lock:
-                duplicates = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
+                twin = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
         chances, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
-        return [memories[i] for i in sorted(choose(chances, costs, duplicates, tokens, cost_per_token=0.0)[0])]
+        return [memories[i] for i in sorted(choose(chances, costs, twin, tokens, cost_per_token=0.0)[0])]
 
     def _asked_of(self, chat: Chat, text: str, asker: str, timeout: float) -> tuple[Branch, Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
@@ -14487,14 +14628,21 @@ def with_newest_first(
     if vector is None or query.asks == TELLS or query.dates or query.story_day or "time" in query.wants:
         return memories
     mean, spread = index.noise()
-    parts = []
-    for message in (m.message for m in memories[:NEWEST_AMONG]):
-        vectors = index.sentence_vectors(message.fingerprint)
-        said = sentences(message.content) if len(vectors) > 1 else [message.content]
-        fits = vectors.shape[1] == len(vector) and len(said) == len(vectors)
-        about = vectors @ vector >= mean + ABOUT_QUESTION * spread if fits else np.zeros(len(vectors), bool)
-        parts.append((list(itertools.compress(said, about)), vectors[about]))
-    return newest_first(memories, parts, (mean, spread))
+    parts = [index.sentence_vectors(m.message.fingerprint) for m in memories[:NEWEST_AMONG]]
+    every = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+    if every.shape[1] != len(vector):
+        return memories
+    about = every @ vector >= mean + ABOUT_QUESTION * spread
+    owners = np.repeat(np.arange(len(parts)), list(map(len, parts)))
+    cosines = every[about] @ every[about].T
+    near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
+
+    def said(i: int) -> Iterable[str]:
+        """The sentences of the memory at that place that are about the question."""
+        content = memories[i].message.content
+        return itertools.compress(sentences(content) if len(parts[i]) > 1 else [content], about[owners == i])
+
+    return newest_first(memories, owners[about], near, said)
 
 
 def asked_by(request: ChatRequest, index: MemoryIndex) -> Query:
@@ -14527,17 +14675,21 @@ def narrowed(memory: Memory, words: Sequence[str], room: int) -> Memory:
     return part if memory_cost(part) <= room else replace(memory, excerpt=alone)
 
 
-def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> Callable[[int, int], bool]:
-    """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
-    the whole text (zeros: none)."""
-    every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
+def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> Callable[[int, Iterable[int]], int | None]:
+    """Finds the first of several texts that is a near-duplicate of one, all by their positions. Vectors are compared
+    only if they cover the whole text (zeros: none)."""
+    every = np.asarray(vectors) if len(texts) else np.zeros((0, 0), np.float32)
     whole = every.any(axis=1) & np.array([len(text) <= CHUNK for text in texts], bool)
     compared, cosines = whole[:, None] & whole, every @ every.T
-    maybe = (~compared | (cosines > NEAR_DUPLICATE)).tolist()  # a turn asks of a thousand pairs, and few are near
+    maybe = ~compared | (cosines > NEAR_DUPLICATE)  # a turn asks of a thousand pairs, and few are near
+    alone, maybe = (maybe.sum(axis=1) <= 1).tolist(), maybe.tolist()
 
-    def same(a: int, b: int) -> bool:
-        """Whether the two texts at those positions are near-duplicates."""
-        return maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None)
+    def same(a: int, others: Iterable[int]) -> int | None:
+        """The first of the others that is a near-duplicate of `a`, None where none is."""
+        for b in () if alone[a] else others:
+            if maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None):
+                return b
+        return None
 
     return same
 
@@ -14553,17 +14705,17 @@ def select_memories(
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
     neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
     `room` the sentence that says most of the query's `words` is taken."""
-    vectors = vectors_of(turn.chat.index, memories)
+    vectors = turn.chat.index.vectors([turn.nodes[m.index].fingerprint for m in memories])
     shown = shown_duplicates(turn.chat, turn.visible, memories, vectors)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
-    duplicates = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
+    twin = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
     most = room - memory_frame_tokens(turn.layout.words)
     for i in [i for i, cost in enumerate(costs) if cost > most]:  # in a small context, a long message would never fit
         fresh[i] = narrowed(fresh[i], words, most)
         costs[i] = memory_cost(fresh[i])
-    chosen, left = choose(likely, costs, duplicates, most, price)
+    chosen, left = choose(likely, costs, twin, most, price)
     kept, over = fitting([fresh[i] for i in chosen], room, turn.layout.words)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
@@ -15453,7 +15605,7 @@ def without_part(prepared: Prepared, why: str) -> Prepared:
     tokens = {share: 0 if share == fallback.without else count for share, count in report.tokens.items()}
     report = replace(report, recalled=recalled, tokens=tokens)
     messages, history = fallback.compose()
-    prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
+    prepared = replace(prepared, make_report=lambda: report, history=history, fallbacks=tuple(fallbacks))
     return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
 
 
@@ -15466,7 +15618,7 @@ def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamEr
     tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
     report = replace(report, history=max(0, report.history - gone), tokens=tokens)
     reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
-    return with_messages(replace(prepared, report=report), reason, kept)
+    return with_messages(replace(prepared, make_report=lambda: report), reason, kept)
 
 
 def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
@@ -15474,7 +15626,7 @@ def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> 
     log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
     report = replace(prepared.report, degraded=reason)
     body = prepared.body | {"messages": list(messages)}
-    return replace(prepared, body=body, header=report_header(report), report=report)
+    return replace(prepared, body=body, make_report=lambda: report)
 
 
 def prompt_tokens(messages: Sequence[Mapping]) -> int:
@@ -15541,18 +15693,13 @@ class PromptBuilder:
             memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
             withheld, parts = known_refusals(chat, memory), memory.parts
             prompt, history = composed(memory, [part for part in parts if part not in withheld])
-            with chat.lock:
-                before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
-                reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = replace(self._report(memory, reused, started, tools), **self._completions.learned(request))
-        if withheld:
-            words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
-            report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
         body = self._completions.body(request, prompt, call)
         summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
+        known = degradation(memory, tools, withheld), time.perf_counter() - started, tools, prompt
+        call.meanwhile = once(functools.partial(self._told, memory, *known, self._completions.learned(request)))
         return Prepared(
-            body, report_header(report), chat.id, path[-1], report, history, tuple(fallbacks(memory, withheld)),
-            summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
+            body, degraded_header("the turn has no report"), chat.id, path[-1], call.meanwhile, history,
+            tuple(fallbacks(memory, withheld)), summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
         )  # fmt: skip
 
     def _context(self, request: ChatRequest, tools: int, call: Call) -> tuple[int, Sequence[float]]:
@@ -15603,9 +15750,10 @@ class PromptBuilder:
         foresee = functools.partial(self._recaller.foresee, deadline=deadline)
         with self._archive.enter(request, request.identity.chat_id, deadline, foresee) as (chat, path, request):
             memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
-        report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
+        report = self._report(memory, degradation(memory), time.perf_counter() - started)
+        pivot = memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
-        turn = Prepared({}, report_header(report), chat.id, path[-1], report, summary=(plan, ""))
+        turn = Prepared({}, "", chat.id, path[-1], lambda: report, summary=(plan, ""))
         after = 0 if pivot is None else sum(not t.hidden for t in request.turns[pivot:])
         injections = [("story", memory.story.text, 0, 0), ("memories", memory.block, 1, after)]
         rows = {"recalled": [memory_row(m) for m in memory.memories], "emotion": report.mood, "report": asdict(report)}
@@ -15674,7 +15822,7 @@ class PromptBuilder:
         request = turn.request
         program = request.wants_json or request.identity.kind == "quiet" or turn.chat.store.info.get("lone")
         try:
-            return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest and not program else None
+            return self._feelings.mood(turn.chat, turn.nodes, turn.first) if turn.newest and not program else None
         except Exception as error:
             note_failure("emotion_failed", "The mood could not be read", error, turn.chat.id)
             return None
@@ -15696,11 +15844,27 @@ class PromptBuilder:
             note_failure("reminder_failed", "The persona could not be read", error, chat.id)
             return ""
 
-    def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
-        """What went into a turn's prompt and why, which is also noted in log and metrics."""
-        turn, layout, block = memory.turn, memory.turn.layout, memory.block
-        reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(layout, tools)
-        degraded = "; ".join(filter(None, reasons))
+    def _told(self, memory: TurnMemory, *known: Any) -> PromptReport | None:
+        """A turn's report. Never fails the turn, which is on its way."""
+        try:
+            report = self._report(memory, *known)
+            _ = report.text  # the store takes it when the reply is there
+            return report
+        except Exception as error:
+            note_failure("unreported", "A turn has no report, and is not kept", error, memory.turn.chat.id)
+            return None
+
+    def _report(
+        self, memory: TurnMemory, degraded: str, spent: float, tools: int = 0, prompt: Sequence[dict] = (),
+        learned: Mapping[str, Any] = MappingProxyType({}),
+    ) -> PromptReport:  # fmt: skip
+        """What went into a turn's prompt and why, which is also noted in log and metrics. `spent` are the seconds that
+        it took."""
+        turn, layout, block, reused = memory.turn, memory.turn.layout, memory.block, None
+        if prompt:
+            with turn.chat.lock:
+                before, turn.chat.last_prompt = turn.chat.last_prompt, sent_prompt(prompt, turn.chat.last_prompt or ())
+                reused = None if before is None else round(prefix_reuse(before, turn.chat.last_prompt), 4)
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
@@ -15715,10 +15879,19 @@ class PromptBuilder:
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
-            milliseconds=round(1000 * (time.perf_counter() - started), 1),
+            milliseconds=round(1000 * spent, 1), **learned,
         )  # fmt: skip
         self._status.note_turn(turn.chat.id, report)
         return report
+
+
+def degradation(memory: TurnMemory, tools: int = 0, withheld: Collection[str] = ()) -> str:
+    """What kept memory from being all it could be in a turn; empty: nothing. `withheld` are parts that are not in the
+    prompt."""
+    refused = f"left out, since the provider's filter refused it: {', '.join(withheld)}" if withheld else ""
+    turn = memory.turn
+    reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(turn.layout, tools), refused
+    return "; ".join(filter(None, reasons))
 
 
 def short_of_room(layout: Layout, tools: int) -> str:
@@ -15818,7 +15991,7 @@ class PersonaMemory:
         if prepared.report is None:
             return
         try:
-            report = replace(prepared.report, outcome=outcome)
+            report = replace(prepared.report, outcome=outcome) if outcome else prepared.report
             said = () if prepared.ephemeral else texts
             with self.registry.lookup(prepared.chat_id) as chat:
                 if chat is None:  # deleted while the reply was on its way

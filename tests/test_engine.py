@@ -4,14 +4,13 @@ import contextlib
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
-import torch
 from chats import chat as messages_of
 from chats import open_chat
 from fakes import LocalServer, say, settings, wait_until
@@ -196,31 +195,31 @@ def test_a_turn_comes_between_the_slices_of_a_background_job(memory):
     assert len(vectors) == len(texts) and np.allclose(vectors[7:9], alone, atol=0.02)
 
 
-def test_a_traced_transformer_gives_the_vectors_that_it_gave():
-    """Of texts of any length, alone and together."""
-    model = deepcopy(pm.load_sentence_transformer("all-MiniLM-L6-v2").model)
-    texts = ["Hm.", "Where did we land?", "The keeper counts the boats. " * 30]
-    before = pm.unit_vectors(model, texts)
-    pm.trace_transformer(model)
-    assert "forward" in vars(model[0].model)
-    for after in (pm.unit_vectors(model, texts), [pm.unit_vectors(model, [text])[0] for text in texts]):
+def test_a_traced_model_gives_the_vectors_that_it_gave():
+    """Of texts of any length and script, alone and together."""
+    model = pm.load_sentence_transformer("all-MiniLM-L6-v2").model
+    texts = ["Hm.", " Wo ÄRGERTE er sich?\n", "\u7063\u5cb8", "The keeper counts the boats. " * 90]
+    before, traced = pm.unit_vectors(model, texts), pm.TracedModel(model)
+    for after in (pm.unit_vectors(traced, texts), [pm.unit_vectors(traced, [text])[0] for text in texts]):
         assert (before * after).sum(axis=1).min() >= pm.SAME_VECTORS
 
 
-def test_a_traced_transformer_meets_few_lengths():
-    """What it has code for is kept for ever. The answer is as long as what was asked."""
-    met = set()
+def test_a_traced_model_meets_few_lengths(monkeypatch):
+    """What it has code for is kept for ever."""
+    traced, met = pm.TracedModel(pm.load_sentence_transformer("all-MiniLM-L6-v2").model), set()
+    program = traced._program
+    monkeypatch.setattr(traced, "_program", lambda *rows: met.update(len(row[0]) for row in rows) or program(*rows))
+    for count in range(1, 300, 3):
+        traced.encode([" ".join(["sea"] * count)])
+    assert met == set(range(pm.TOKEN_STEP, 256 + 1, pm.TOKEN_STEP))
 
-    def traced(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        met.add(ids.shape[1])
-        assert (ids == mask).all()
-        return ids[:, :, None].float()
 
-    for count in range(1, 257):
-        ids = torch.ones(2, count, dtype=torch.int64)
-        found = pm.run_padded(traced, ["input_ids", "attention_mask"], input_ids=ids, attention_mask=ids)
-        assert found["last_hidden_state"].shape == (2, count, 1) and found["last_hidden_state"].all()
-    assert len(met) == 256 / pm.TOKEN_STEP
+def test_a_model_whose_traced_vectors_are_others_is_not_traced():
+    """Here one that gives fewer dimensions where it is asked by `encode`."""
+    model = copy(pm.load_sentence_transformer("all-MiniLM-L6-v2").model)
+    model.truncate_dim = 64
+    with pytest.raises(ValueError, match="other vectors"):
+        pm.TracedModel(model)
 
 
 def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
@@ -404,16 +403,26 @@ def test_a_mood_is_not_read_anew_when_its_chat_is_opened_again(memory, monkeypat
         assert mood(again) == before and before.label == "joy"
 
 
-def test_a_mood_that_was_foreseen_is_the_same(memory, monkeypatch):
-    """A turn foresees it while its newest message's vector is made."""
+def test_a_mood_that_the_background_has_followed_is_the_same(memory, monkeypatch):
+    """The chat goes on, or its newest message is another one: one or two messages are felt. On an older branch all."""
     memory.archive.append("c", [*LONG, {"role": "user", "content": "I am so happy, this is the best day of my life!"}])
     assert sum(memory.vectors.of_chat("c")) == len(LONG) + 1
+    felt, feel = [], pm.MoodTrack.felt
+    monkeypatch.setattr(pm.MoodTrack, "felt", lambda *given: felt.append(1) or feel(*given))
     with memory.registry.borrow("c") as chat, chat.lock:
+
+        def mood(nodes) -> tuple[pm.Mood, int]:
+            felt.clear()
+            return memory.feelings.mood(chat, nodes), len(felt)
+
         nodes = chat.nodes(chat.path())
-        told = memory.feelings.mood(chat, nodes)
-        monkeypatch.setattr(pm, "mood_of", lambda _: pytest.fail("it was not foreseen"))
-        memory.feelings.foresee(SimpleNamespace(chat=chat, nodes=nodes, first=0, newest=SimpleNamespace(content="")))
-        assert memory.feelings.mood(chat, nodes) == told and told.label == "joy"
+        fresh = [mood(some) for some in (nodes, nodes[:-1], nodes[:20])]
+        assert fresh[0][0].label == "joy" != fresh[1][0].label and min(count for _, count in fresh) > 2
+        mood(nodes[:-1])
+        memory.feelings.read_ahead(chat, [], lambda: False)
+        assert mood(nodes[:-1]) == (fresh[1][0], 1) and mood(nodes) == (fresh[0][0], 2)
+        memory.feelings.read_ahead(chat, [], lambda: False)
+        assert mood(nodes) == (fresh[0][0], 1) and mood(nodes[:20]) == fresh[2]
 
 
 def test_a_turn_has_the_model_loaded_by_the_background(memory):

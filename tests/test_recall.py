@@ -607,7 +607,8 @@ CANDIDATES = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 300), st.integer
 def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates, budget):
     """And what was worth it and is not chosen has its reason: a chosen twin, or no room."""
     needs, costs, topics = (list(column) for column in zip(*candidates, strict=True)) if candidates else ([], [], [])
-    chosen, left = pm.choose(needs, costs, lambda a, b: topics[a] == topics[b], budget)
+    twin = lambda i, others: next((o for o in others if topics[o] == topics[i]), None)  # noqa: E731
+    chosen, left = pm.choose(needs, costs, twin, budget)
     assert sum(costs[i] for i in chosen) <= budget
     assert len({topics[i] for i in chosen}) == len(chosen)
     worth = {i for i in range(len(needs)) if needs[i] >= pm.COST_PER_TOKEN * costs[i]}
@@ -616,9 +617,18 @@ def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates,
         assert twin is None or (twin in chosen and topics[twin] == topics[place])
 
 
+def test_twins_are_found_by_vectors_and_by_words():
+    """By words where a text is longer than what its vector covers; other numbers are other news."""
+    words = [f"word{n}" for n in range(200)]
+    texts = ["the ferry leaves at 9", "The ferry leaves at 9!", "the ferry leaves at 8", " ".join(words)]
+    texts += [" ".join(reversed(words)), "the ferry is late"]
+    twin = pm.alike(texts, np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 2, 1]])
+    assert [twin(i, [j for j in range(6) if j != i]) for i in range(6)] == [1, 0, None, 4, 3, None]
+
+
 def test_the_likeliest_memory_is_taken_before_cheap_ones():
     """Though ten short ones give more for their tokens."""
-    chosen, _ = pm.choose([0.5, *[0.1] * 10], [100, *[10] * 10], lambda a, b: False, 100)
+    chosen, _ = pm.choose([0.5, *[0.1] * 10], [100, *[10] * 10], lambda i, others: None, 100)
     assert chosen == [0]
 
 

@@ -125,7 +125,7 @@ class Conversation:
         now, size = pm.read_emotion(text), len(scores)
         best = np.argsort(-scores, kind="stable")[: pm.MOST_MEMORIES]
         given = {name: np.zeros(size, np.float32) for name in pm.TIE_BREAKERS}
-        given["emotion"][best] = [pm.emotion_match(now, self.readings[i]) for i in best]
+        given["emotion"][best] = pm.emotion_matches(now, [self.readings[i] for i in best])
         given["importance"][best] = self.importance[best]
         given["recency"][best] = best / size
         return {name: np.float32(pm.TIE_BREAKERS[name]) * values for name, values in given.items()}
