@@ -6814,7 +6814,8 @@ class MemoryIndex:
             self._row_at, self._speaker_at, self._days, self._story_days, self._topic_counts, *self._traits.values()
         )  # fmt: skip
         self._topics = Column(np.int64)  # their numbers, one message's after the other's
-        self._word_vectors = Column(np.float32)  # by those numbers, as far as they were asked for
+        self._word_uses = Column(np.int64)  # by those numbers, how often each is said
+        self._word_vectors = Column(np.float32)  # likewise, as far as they were asked for
         self._spaced = Column(bool)  # likewise, whether it stands between spaces
         self._whole = Column(bool)  # and whether it is also a row of its own in the embedder's table
         self._substance = Column(np.float32)  # of the branch's first messages, as far as it was asked for
@@ -6850,7 +6851,9 @@ class MemoryIndex:
         self._languages -= Counter(self._spoken[kept:])
         if kept < self._measured[0]:
             self._measured = UNMEASURED
-        self._topics.cut(len(self._topics.values) - self._topic_counts.values[kept:].sum())
+        left = len(self._topics.values) - self._topic_counts.values[kept:].sum()
+        np.subtract.at(self._word_uses.values, self._topics.values[left:], 1)
+        self._topics.cut(left)
         if kept < self._weighed[0]:
             self._weighed = UNWEIGHED
         self._looked_up = None
@@ -6913,6 +6916,8 @@ class MemoryIndex:
         for column, values in zip(self._columns, columns, strict=True):
             column.extend(values)
         self._topics.extend([self._vocabulary[w] for w in words])
+        self._word_uses.extend(np.zeros(len(new)))
+        np.add.at(self._word_uses.values, self._topics.values[len(self._topics.values) - len(words) :], 1)
         first = max(1, len(self._hashes) - len(nodes))
         self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
 
@@ -7119,7 +7124,7 @@ class MemoryIndex:
         spaces part tell nothing here.
         """
         spaced, whole = self._spaced.values, self._whole.values
-        uses = np.bincount(self._topics.values, minlength=len(spaced))[: len(spaced)]
+        uses = self._word_uses.values[: len(spaced)]
         share = (uses[whole].sum() + FEW_WORDS_READ) / (uses[spaced].sum() + FEW_WORDS_READ)
         return float(np.interp(share, READ_WHOLE, (LEAST_TRUST, 1)))
 
