@@ -6628,7 +6628,7 @@ class Evidence:
     cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, about the mean of those that have
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
     bm25: np.ndarray  # float32 [n], of the whole query
-    said: np.ndarray  # uint32 [n]: which of the query's words it says, one bit each
+    said: np.ndarray  # unsigned int [n]: which of the query's words it says, one bit each
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
     akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
@@ -6662,7 +6662,7 @@ class Evidence:
         for first in range(0, len(self.rarity), 8):  # by eight words: what each of their 256 sets counts
             some = self.rarity[first : first + 8]
             sets = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=len(some), bitorder="little")
-            shares += (sets @ some)[(said >> np.uint32(first)).astype(np.uint8)]
+            shares += (sets @ some)[(said >> first).astype(np.uint8)]
         return shares / np.float32(max(float(self.rarity.sum()), 1e-6))
 
 
@@ -6861,7 +6861,7 @@ class MemoryIndex:
             column.cut(kept)
         # They are numbered as they first spoke.
         self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
-        fresh = nodes[kept:]
+        fresh, self._nodes = nodes[kept:], nodes[:kept]
         for known in (self._hashes, self._spoken):
             del known[kept:]
         self._take_off(gone)
@@ -7066,7 +7066,8 @@ class MemoryIndex:
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
-            bm25, said = np.zeros(len(self._rows), np.float32), np.zeros(len(self._rows), np.uint32)
+            bit = np.min_scalar_type((1 << len(words)) - 1).type
+            bm25, said = np.zeros(len(self._rows), np.float32), np.zeros(len(self._rows), bit)
             rarity, weights = np.zeros(len(words), np.float32), np.ones(len(words), np.float32)
             texts = len(self._uses)
             most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
@@ -7079,7 +7080,7 @@ class MemoryIndex:
                     rarity[i] = weights[i]
                     where = np.fromstring(found[0], np.int64, sep=",")
                     bm25[where] += np.fromstring(found[1], np.float32, sep=",")
-                    said[where] |= np.uint32(1 << i)
+                    said[where] |= bit(1 << i)
             rows = self._row_at.values
             bm25, said, akin = bm25[rows], said[rows], np.zeros(len(rows), np.float32)
             if word_vectors and words and len(self._topics.values):
@@ -7114,7 +7115,7 @@ class MemoryIndex:
         for i, (weight, word) in enumerate(zip(weights, near, strict=True)):
             best = np.zeros(n, np.float32)
             np.maximum.at(best, owners, word[topics])
-            akin += weight * best * (said >> np.uint32(i) & 1 == 0)
+            akin += weight * best * (said >> i & 1 == 0)
         return akin / ((1 - AKIN) * weights.sum())
 
     def trust(self) -> float:
