@@ -617,6 +617,15 @@ def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates,
         assert twin is None or (twin in chosen and topics[twin] == topics[place])
 
 
+def test_what_changed_is_found_where_a_text_was_cut_into_other_sentences():
+    """By another program version, which stored their vectors."""
+    messages = chat(("user", "I live in Lisbon."), ("user", "I moved to Porto."))
+    memories = [pm.Memory(message, i, 1.0 - i, {}) for i, message in enumerate(messages)]
+    near = np.full((4, 4), pm.SAME_CHANGED, np.float32)
+    order = pm.newest_first(memories, np.array([0, 1, 1, 1]), near, lambda i: [messages[i].content])
+    assert [(m.index, m.changed_in) for m in order] == [(1, -1), (0, 1)]
+
+
 def test_twins_are_found_by_vectors_and_by_words():
     """By words where a text is longer than what its vector covers; other numbers are other news."""
     words = [f"word{n}" for n in range(200)]
