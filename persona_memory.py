@@ -9805,14 +9805,13 @@ class Sent(NamedTuple):
 
 
 def sent_prompt(prompt: Sequence[Mapping], before: Sequence[Sent] = ()) -> list[Sent]:
-    """The prompt's messages; tokens are counted only of those that the prompt `before` did not hold."""
-    counted = {s.key: s.tokens for s in before}
+    """The prompt's messages; those that the prompt `before` held are the same ones."""
+    known = {s.key: s for s in before}
     sent = []
     for message in prompt:
         plain = isinstance(message.get("content"), str) and list(message) == ["role", "content"]
         key = tuple(message.values()) if plain else json.dumps(message)
-        tokens = counted[key] if key in counted else message_tokens(message)
-        sent.append(Sent(key, text_of(message.get("content")), tokens))
+        sent.append(known.get(key) or Sent(key, text_of(message.get("content")), message_tokens(message)))
     return sent
 
 
