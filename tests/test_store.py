@@ -76,7 +76,7 @@ def test_what_was_written_is_read_again(store):
     again = reopened(store)
     assert again.read([m.id for m in messages]) == messages
     assert (again.head, again.id) == (messages[-1].id, "a chat")
-    assert list(again.tree.path(again.head)) == [m.id for m in messages]
+    assert again.tree.path(again.head) == [m.id for m in messages]
     assert again.tree.nodes == store.tree.nodes
 
 

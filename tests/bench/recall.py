@@ -471,7 +471,7 @@ def show_speed(count: int) -> None:
     tree, index, by_id = pm.Tree(), pm.MemoryIndex(), {m.id: m for m in messages}
     for order, message in enumerate(messages):
         tree.put(message, order)
-    nodes = [tree.nodes[m.id] for m in messages]
+    nodes = tree.branch(messages[-1].id)
     index.follow(nodes[: count // 2], lambda ids: [by_id[i] for i in ids])
     adding = []
     for n in range(count // 2, count):
