@@ -21759,6 +21759,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.setswitchinterval(SWITCH_SECONDS)
         keep_memory_together()
         gc.freeze()  # what the imports have made stays: opening a long chat would have it looked through
+        gc.set_threshold(5000)  # of a turn's objects few outlive it: by 700 they were looked through while it ran
         server = create_server(settings, START_DELAY)
     except PersonaMemoryError as error:
         print(error, file=sys.stderr)
