@@ -15829,10 +15829,10 @@ class PromptBuilder:
         counts = chat.tokens(nodes)[first:].copy()
         away = [i for i in hidden_from(chat, request) if i in chat.tree.nodes and chat.tree.stands_on(path[-1], i)]
         counts[[n.depth - first for n in chat.nodes(away) if 0 <= n.depth - first < above]] = 0
-        for i, turn in enumerate(request.turns[first:], above):
+        for i, (turn, node) in enumerate(zip(request.turns[first:], shown[above:], strict=True), above):
             if turn.hidden:
                 counts[i] = 0
-            elif shown[i].shown != turn.fingerprint:  # with something else around the words
+            elif node.shown != turn.fingerprint:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         roles = Seen(shown, lambda node: node.role)
         layout = arrange(request, context, shares, counts, roles, reserved)
