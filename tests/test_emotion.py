@@ -333,18 +333,17 @@ def test_a_mood_is_told_where_a_reader_would_agree(embedder):
 
 
 @given(readings, readings)
-def test_emotion_match_is_a_small_symmetric_nudge(a, b):
+def test_matching_emotions_are_a_small_symmetric_nudge(a, b):
     """0 to 1, and never more than either message feels."""
-    match = pm.emotion_match(a, b)
-    assert 0 <= match <= 1 and match == pytest.approx(pm.emotion_match(b, a))
+    (match,), (other,) = pm.emotion_matches(a, [b]), pm.emotion_matches(b, [a])
+    assert 0 <= match <= 1 and match == pytest.approx(other)
     assert match <= 1 - max(a.scores["neutral"], b.scores["neutral"]) + 1e-9
 
 
 def test_like_feelings_match():
     """The same feeling matches, another does not, and what is neutral matches nothing."""
-    assert pm.emotion_match(sure("joy"), sure("joy")) == pytest.approx(0.9)
-    assert pm.emotion_match(sure("joy"), sure("anger")) == 0
-    assert pm.emotion_match(sure("neutral", 1.0), sure("neutral", 1.0)) == 0
+    assert pm.emotion_matches(sure("joy"), [sure("joy"), sure("anger")]) == [pytest.approx(0.9), 0]
+    assert pm.emotion_matches(sure("neutral", 1.0), [sure("neutral", 1.0)]) == [0]
 
 
 def test_a_bag_of_words_knows_no_order(embedder):

@@ -403,16 +403,26 @@ def test_a_mood_is_not_read_anew_when_its_chat_is_opened_again(memory, monkeypat
         assert mood(again) == before and before.label == "joy"
 
 
-def test_a_mood_that_was_foreseen_is_the_same(memory, monkeypatch):
-    """A turn foresees it while its newest message's vector is made."""
+def test_a_mood_that_the_background_has_followed_is_the_same(memory, monkeypatch):
+    """The chat goes on, or its newest message is another one: one or two messages are felt. On an older branch all."""
     memory.archive.append("c", [*LONG, {"role": "user", "content": "I am so happy, this is the best day of my life!"}])
     assert sum(memory.vectors.of_chat("c")) == len(LONG) + 1
+    felt, feel = [], pm.MoodTrack.felt
+    monkeypatch.setattr(pm.MoodTrack, "felt", lambda *given: felt.append(1) or feel(*given))
     with memory.registry.borrow("c") as chat, chat.lock:
+
+        def mood(nodes) -> tuple[pm.Mood, int]:
+            felt.clear()
+            return memory.feelings.mood(chat, nodes), len(felt)
+
         nodes = chat.nodes(chat.path())
-        told = memory.feelings.mood(chat, nodes)
-        monkeypatch.setattr(pm, "mood_of", lambda _: pytest.fail("it was not foreseen"))
-        memory.feelings.foresee(SimpleNamespace(chat=chat, nodes=nodes, first=0, newest=SimpleNamespace(content="")))
-        assert memory.feelings.mood(chat, nodes) == told and told.label == "joy"
+        fresh = [mood(some) for some in (nodes, nodes[:-1], nodes[:20])]
+        assert fresh[0][0].label == "joy" != fresh[1][0].label and min(count for _, count in fresh) > 2
+        mood(nodes[:-1])
+        memory.feelings.read_ahead(chat, [], lambda: False)
+        assert mood(nodes[:-1]) == (fresh[1][0], 1) and mood(nodes) == (fresh[0][0], 2)
+        memory.feelings.read_ahead(chat, [], lambda: False)
+        assert mood(nodes) == (fresh[0][0], 1) and mood(nodes[:20]) == fresh[2]
 
 
 def test_a_turn_has_the_model_loaded_by_the_background(memory):

@@ -64,8 +64,8 @@ def test_each_language_is_found_and_has_its_words(language):
     texts, words = SAMPLES[language], pm.WORDINGS[language]
     assert set(SAMPLES) == set(pm.WORDINGS) == {*pm.FELT, "en"}
     assert words.language == language and pm.wording_for(texts[:2]) is pm.wording_for([texts[0], "ok"]) is words
-    assert pm.PROMISE.search(texts[2]) and not any(pm.PROMISE.search(texts[i]) for i in (0, 1, 3, 4))
-    assert pm.CHANGED.search(CHANGES[language]) and not any(pm.CHANGED.search(text) for text in texts)
+    assert pm.tells(pm.PROMISE, texts[2]) and not any(pm.tells(pm.PROMISE, texts[i]) for i in (0, 1, 3, 4))
+    assert pm.tells(pm.CHANGED, CHANGES[language]) and not any(pm.tells(pm.CHANGED, text) for text in texts)
     assert pm.REFUSAL.match(texts[5]) and not any(pm.REFUSAL.match(text) for text in texts[:5])
     assert pm.feeling_in(language, texts[3]).label == "sadness" and pm.feeling_in(language, texts[4]).label == "neutral"
 

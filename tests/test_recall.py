@@ -1,6 +1,7 @@
 """Recall: what a query asks, what each signal says, and whether the right message is found."""
 
 import contextlib
+import functools
 from datetime import UTC, datetime
 
 import numpy as np
@@ -211,7 +212,7 @@ def test_words_find_it_in_other_languages(question, answer, other):
     """The lexical side alone, which is all there is with an English embedder."""
     lines = [("user", other), ("assistant", other[::-1]), ("user", answer), ("assistant", "!"), ("user", other + "!")]
     query = pm.understand(question, "assistant", {"user": "user"})
-    scores = indexed(chat(*lines)).evidence(query.words, None).raw_lexical
+    scores = indexed(chat(*lines)).evidence(query.words, None).bm25
     assert scores.argmax() == 2
     assert scores[2] > 0
 
@@ -228,16 +229,42 @@ SHORT = st.lists(st.floats(0, 10, width=32), min_size=1, max_size=40).map(lambda
 
 
 @given(SHORT, st.integers(0, 20))
-def test_the_running_maximum_is_the_maximum_of_the_window(values, reach):
+def test_what_is_within_reach_is_the_maximum_of_the_window(values, reach):
     slow = [values[max(0, i - reach) : i + reach + 1].max() for i in range(len(values))]
-    assert pm.running_max(values, reach).tolist() == slow
+    assert pm.within_reach(values, reach).tolist() == slow
 
 
-@given(SHORT, st.integers(-50, 50))
-def test_moved_values_keep_their_length_and_order(values, places):
-    n = len(values)
-    slow = [values[i - places] if 0 <= i - places < n else 0 for i in range(n)]
-    assert pm.displaced(values, places).tolist() == slow
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40), st.integers(0, 20))
+def test_the_bits_within_reach_are_those_of_any_of_the_window(values, reach):
+    slow = [functools.reduce(int.__or__, values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+    assert pm.within_reach(np.array(values, np.uint32), reach, np.bitwise_or).tolist() == slow
+
+
+@given(SHORT)
+def test_the_median_is_that_of_numpy(values):
+    assert pm.median(values) == pytest.approx(float(np.median(values)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.lists(st.integers(0, 9), max_size=70))))
+def test_a_column_holds_what_was_not_cut_off(steps):
+    column, known = pm.Column(np.int64), []
+    for kept, more in steps:
+        known = known[:kept] + more
+        column.cut(kept)
+        column.extend(more)
+        assert column.values.tolist() == known
+
+
+@given(st.lists(st.sets(st.integers(0, 19)), min_size=1, max_size=30), st.integers(0, 4))
+def test_the_share_of_the_words_that_is_said_within_reach(said, reach):
+    """However many words there are."""
+    rarity = np.linspace(1, 3, 20, dtype=np.float32)
+    bits = np.array([sum(1 << word for word in words) for words in said], np.uint32)
+    none = np.zeros(len(said), np.float32)
+    evidence = pm.Evidence(none, none, none, bits, rarity, none, none, none, none, {}, [], 1.0)
+    for i, share in enumerate(evidence.coverage(reach)):
+        words = set().union(*said[max(0, i - reach) : i + reach + 1])
+        assert share == pytest.approx(sum(rarity[word] for word in words) / rarity.sum(), abs=1e-5)
 
 
 @given(st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))
@@ -580,7 +607,8 @@ CANDIDATES = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 300), st.integer
 def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates, budget):
     """And what was worth it and is not chosen has its reason: a chosen twin, or no room."""
     needs, costs, topics = (list(column) for column in zip(*candidates, strict=True)) if candidates else ([], [], [])
-    chosen, left = pm.choose(needs, costs, lambda a, b: topics[a] == topics[b], budget)
+    twin = lambda i, others: next((o for o in others if topics[o] == topics[i]), None)  # noqa: E731
+    chosen, left = pm.choose(needs, costs, twin, budget)
     assert sum(costs[i] for i in chosen) <= budget
     assert len({topics[i] for i in chosen}) == len(chosen)
     worth = {i for i in range(len(needs)) if needs[i] >= pm.COST_PER_TOKEN * costs[i]}
@@ -589,9 +617,27 @@ def test_what_is_chosen_fits_repeats_nothing_and_is_worth_its_tokens(candidates,
         assert twin is None or (twin in chosen and topics[twin] == topics[place])
 
 
+def test_what_changed_is_found_where_a_text_was_cut_into_other_sentences():
+    """By another program version, which stored their vectors."""
+    messages = chat(("user", "I live in Lisbon."), ("user", "I moved to Porto."))
+    memories = [pm.Memory(message, i, 1.0 - i, {}) for i, message in enumerate(messages)]
+    near = np.full((4, 4), pm.SAME_CHANGED, np.float32)
+    order = pm.newest_first(memories, np.array([0, 1, 1, 1]), near, lambda i: [messages[i].content])
+    assert [(m.index, m.changed_in) for m in order] == [(1, -1), (0, 1)]
+
+
+def test_twins_are_found_by_vectors_and_by_words():
+    """By words where a text is longer than what its vector covers; other numbers are other news."""
+    words = [f"word{n}" for n in range(200)]
+    texts = ["the ferry leaves at 9", "The ferry leaves at 9!", "the ferry leaves at 8", " ".join(words)]
+    texts += [" ".join(reversed(words)), "the ferry is late"]
+    twin = pm.alike(texts, np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 2, 1]])
+    assert [twin(i, [j for j in range(6) if j != i]) for i in range(6)] == [1, 0, None, 4, 3, None]
+
+
 def test_the_likeliest_memory_is_taken_before_cheap_ones():
     """Though ten short ones give more for their tokens."""
-    chosen, _ = pm.choose([0.5, *[0.1] * 10], [100, *[10] * 10], lambda a, b: False, 100)
+    chosen, _ = pm.choose([0.5, *[0.1] * 10], [100, *[10] * 10], lambda i, others: None, 100)
     assert chosen == [0]
 
 

@@ -188,7 +188,8 @@ def test_tokens_are_passed_on_one_by_one(server, upstream, chat):
     assert content(seen + reader.rest()) == upstream.last["answer"]
 
 
-def test_the_connection_is_kept_for_the_next_turn(server, upstream, chat):
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_connection_is_kept_for_the_next_turn(server, upstream, chat, stream):
     """And cut where that one's client hangs up."""
     clients = []
 
@@ -199,7 +200,7 @@ def test_the_connection_is_kept_for_the_next_turn(server, upstream, chat):
 
     upstream.routes = {"/v1/chat/completions": answer}
     for _ in range(2):
-        assert say(server.url, chat, stream=False).text == upstream.last["answer"]
+        assert say(server.url, chat, stream=stream).text == upstream.last["answer"]
     upstream.hold = threading.Event()
     sock = hang_up_later(server, {"messages": chat})
     upstream.wait_for_chats(3)
@@ -208,6 +209,26 @@ def test_the_connection_is_kept_for_the_next_turn(server, upstream, chat):
     assert len(set(clients)) == 1
     upstream.hold = None
     assert say(server.url, chat, stream=False).text == upstream.last["answer"]
+
+
+def test_a_stream_whose_end_is_not_told_is_not_waited_for(server, upstream, chat):
+    """Its connection is closed, and the next turn gets another one."""
+    asked = []
+
+    def answer(handler):
+        """Sends all events, and then nothing until the client goes away."""
+        asked.append(handler.client_address)
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for event in handler.events(handler.request_record["body"], "It goes on."):
+            handler.send_chunk(event)
+        handler.close_connection = True
+        handler.hold(threading.Event())
+
+    upstream.routes = {"/v1/chat/completions": answer}
+    for _ in range(2):
+        assert say(server.url, chat).text == "It goes on."
+        assert upstream.hangups.acquire(timeout=FOREVER)
+    assert len(set(asked)) == 2
 
 
 def test_a_kept_connection_that_the_server_cuts_is_opened_anew(server, upstream, chat):

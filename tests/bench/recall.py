@@ -125,7 +125,7 @@ class Conversation:
         now, size = pm.read_emotion(text), len(scores)
         best = np.argsort(-scores, kind="stable")[: pm.MOST_MEMORIES]
         given = {name: np.zeros(size, np.float32) for name in pm.TIE_BREAKERS}
-        given["emotion"][best] = [pm.emotion_match(now, self.readings[i]) for i in best]
+        given["emotion"][best] = pm.emotion_matches(now, [self.readings[i] for i in best])
         given["importance"][best] = self.importance[best]
         given["recency"][best] = best / size
         return {name: np.float32(pm.TIE_BREAKERS[name]) * values for name, values in given.items()}
@@ -176,7 +176,7 @@ def ours(c: Conversation, style: str) -> list[np.ndarray]:
 
 def bm25(c: Conversation, style: str) -> list[np.ndarray]:
     """FTS5's BM25 of the question as asked."""
-    return [c.index.evidence(pm.query_words(text), None).raw_lexical for text, _ in c.asked(style)]
+    return [c.index.evidence(pm.query_words(text), None).bm25 for text, _ in c.asked(style)]
 
 
 def cosine(c: Conversation, style: str) -> list[np.ndarray]:
@@ -272,7 +272,9 @@ def signal_rows(conversations: list[Conversation], style: str) -> list[list[np.n
 
 def signal_columns(q: pm.Query, e: pm.Evidence) -> np.ndarray:
     """What COLUMNS_FITTED name, float32 [n, columns]."""
-    values = {name: s.of(q, e) for name, s in pm.SIGNALS.items()}
+    blank = np.zeros(len(e.cosine), np.float32)
+    found = {name: s.of(q, e) for name, s in pm.SIGNALS.items()}
+    values = {name: blank if some is None else some for name, some in found.items()}
     return np.stack([values[name] * (e.coherence if coherent else 1) for name, coherent in COLUMNS_FITTED], axis=1)
 
 
@@ -469,7 +471,7 @@ def show_speed(count: int) -> None:
     tree, index, by_id = pm.Tree(), pm.MemoryIndex(), {m.id: m for m in messages}
     for order, message in enumerate(messages):
         tree.put(message, order)
-    nodes = [tree.nodes[m.id] for m in messages]
+    nodes = tree.branch(messages[-1].id)
     index.follow(nodes[: count // 2], lambda ids: [by_id[i] for i in ids])
     adding = []
     for n in range(count // 2, count):

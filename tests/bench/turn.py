@@ -184,7 +184,7 @@ def scoring(memory: pm.PersonaMemory, asked, turns: int) -> float:
     message than the question before had."""
     found, ask = [], memory.embedder.encode
     with memory.registry.borrow("chat-0") as chat, chat.lock:
-        nodes = chat.nodes(chat.path())
+        nodes = chat.tree.branch(chat.store.head)
         feeling = memory.feelings.read(chat, nodes[-1:])[0]
         for n in range(turns):
             branch = nodes[: len(nodes) - turns + n]
