@@ -1,6 +1,6 @@
 """How well feelings are read: GoEmotions' development set, role-play lines held out of training, time, an ablation.
 
-    python tests/bench/emotion.py --data ~/goemotions
+    python tests/bench/emotion.py --data ~/goemotions --films ~/XED/AnnotatedData/en-annotated.tsv
 
 "held" (every third of the older lines), "fresh" and "fresh2" are never trained on; neither are the lines of
 emotion_plain.jsonl, ordinary talk and plain feelings, of which "blind" was not looked at while the reader was
@@ -98,12 +98,12 @@ def report(name: str, sets: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     print(f"{name:48}" + "".join(cells))
 
 
-def unseen_half(data: Path, cache: Path | None, parts: list[Examples], names: list[str]) -> None:
+def unseen_half(data: Path, films: Path, cache: Path | None, parts: list[Examples], names: list[str]) -> None:
     """Heads trained without half "b" of the scenes (not quantised), on parts of the input."""
     rows = scene_lines("b")
     parts, names = [examples(rows, 1.0, cache), *parts], [f"b: {len(rows)}", *names]
     print("\ntrained on half a" + " " * 31 + "".join(f"{name:>16}" for name in names))
-    seen = training_data(data, cache, half="a")
+    seen = training_data(data, films, cache, half="a")
     for name, blocks in (
         ("features", ("features",)),
         ("vector", ("vector",)),
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with goemotions_train.jsonl and _dev.jsonl")
     parser.add_argument("--cache", type=Path, help="folder to keep vectors in between runs")
-    parser.add_argument("--no-ablation", action="store_true", help="the program as it is, no training")
+    parser.add_argument("--films", type=Path, help="XED's en-annotated.tsv; without it there is no ablation")
     args = parser.parse_args()
     torch.set_num_threads(1)
     comments = one_label(args.data / "goemotions_dev.jsonl")
@@ -164,8 +164,8 @@ def main() -> None:
     for name, truth, scores in zip(names, truths, full, strict=True):
         values = f1_score(truth, scores.argmax(1), average=None, labels=range(len(pm.EMOTIONS)))
         print(f"{name:19}" + "".join(f"{value:10.3f}" for value in values))
-    if not args.no_ablation:
-        unseen_half(args.data, args.cache, [examples(rows, 1.0, args.cache) for rows in parts], names)
+    if args.films:
+        unseen_half(args.data, args.films, args.cache, [examples(rows, 1.0, args.cache) for rows in parts], names)
     print(f"\n{milliseconds(comments, vectors[0]):.3f} ms a message without the encode")
 
 
