@@ -1635,13 +1635,35 @@ class LongWork:
 GIVE_WAY_SECONDS = 0.3  # that one step of the background waits for turns at most
 
 
+def two_cores() -> list[int]:
+    """The cores that this thread may run on where they are two and threads can be bound to them (Linux); else none.
+
+    Of two Linux often wakes the embedder's thread on that where a turn runs, while the other is idle, and for three
+    milliseconds one of them stands still. So a turn gets one and the embedder the other. With more cores that is rare.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return cores if len(cores) == 2 else []
+
+
+def run_on(cores: Collection[int]) -> None:
+    """Has this thread, and those that it begins, run on these cores only; where none are given, as before."""
+    if cores:
+        with contextlib.suppress(OSError):  # a core was taken away meanwhile
+            os.sched_setaffinity(0, cores)
+
+
+def background_thread(name: str) -> ThreadPoolExecutor:
+    """One thread for work behind the turns; a turn that begins it does not bind it to its own core."""
+    return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=run_on, initargs=(two_cores(),))
+
+
 class Background:
     """The long work behind the turns, and whether it may go on."""
 
     def __init__(self) -> None:
         self.going = threading.Event()  # cleared while it is paused
         self.going.set()
-        self._turns, self._turn_over = 0, threading.Condition()
+        self._turns, self._turn_over, self._cores = 0, threading.Condition(), two_cores()
         self.vectors = LongWork("vectors", "Messages that cannot be found by meaning yet", 16)
         self.summaries = LongWork("summaries", "Parts of chats to summarise when the model has nothing else to do", 1)
 
@@ -1655,9 +1677,13 @@ class Background:
         """What runs in the block somebody waits for."""
         with self._turn_over:
             self._turns += 1
+            alone = self._turns == 1  # several take what cores there are
+        if alone:
+            run_on(self._cores[:1])
         try:
             yield
         finally:
+            run_on(self._cores)
             with self._turn_over:
                 self._turns -= 1
                 self._turn_over.notify_all()
@@ -3627,6 +3653,7 @@ class Embedder:
         self._thread: threading.Thread | None = None
         self._slice = float(SLICE_BYTES[1])  # bytes that the model reads in a slice's time; measured as it works
         self._asked_at = -math.inf  # when a job was done that is not the background's
+        self._cores = two_cores()
 
     def start(self) -> None:
         """Begins to load; a second call does nothing."""
@@ -3761,6 +3788,7 @@ class Embedder:
         if self._model and not self._closed:  # what is there works: turns need not wait for something better
             # No daemon, as its maker is: a program that ends while torch works is aborted by it.
             threading.Thread(target=self._quicken, name="quicken", daemon=False).start()
+        run_on(self._cores[1:])
         while not self._closed:
             priority, number, job = self._jobs.get()
             if not job.wanted:
@@ -13300,7 +13328,7 @@ class Vectors:
 
     def __init__(self, embedder: Embedder, registry: ChatRegistry, background: Background):
         self.embedder, self._registry, self._background = embedder, registry, background
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vectors")
+        self._thread = background_thread("vectors")
         self._due: set[str] = set()  # chats that have a job waiting
         self._held: set[str] = set()  # chats whose vectors wait until the background goes on
         # What is done, until it shall stop, with messages that have got their vectors: see `Feelings`.
@@ -13662,7 +13690,7 @@ class Feelings:
         self._by_vector = self._model is None and vectors.embedder.name in BUNDLED_EMBEDDERS
         self._bags: dict[str, np.ndarray | None] = {}  # of the text that was foreseen last
         vectors.afterwards = self.read_ahead
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feelings")
+        self._thread = background_thread("feelings")
         self._closed = False
 
     @functools.cached_property
@@ -15101,7 +15129,7 @@ class Summarizer:
     ):
         self._settings, self._upstream, self._embedder, self._registry = settings, upstream, embedder, registry
         self._background = background
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="summarizer")
+        self._thread = background_thread("summarizer")
         self._plans: dict[str, tuple[SummaryPlan, str]] = {}  # by chat
         self._timers: dict[str, threading.Timer] = {}  # by chat, of plans that wait for the next hour's requests
         self._lock = threading.Lock()  # of the plans, the timers, the hour's requests and the one under way

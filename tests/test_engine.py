@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -220,6 +221,25 @@ def test_a_model_whose_traced_vectors_are_others_is_not_traced():
     model.truncate_dim = 64
     with pytest.raises(ValueError, match="other vectors"):
         pm.TracedModel(model)
+
+
+@pytest.mark.skipif(len(pm.two_cores()) != 2, reason="threads are bound where there are two cores, on Linux")
+def test_on_two_cores_a_turn_has_one_of_its_own(memory):
+    """What it begins in the background has both, and so has a second turn beside it, and whatever comes after."""
+    cores, background = set(pm.two_cores()), pm.Background()
+    with pm.background_thread("behind") as behind, background.turn(), ThreadPoolExecutor(1) as beside:
+        assert os.sched_getaffinity(0) == {min(cores)}
+        assert behind.submit(os.sched_getaffinity, 0).result() == cores
+
+        def second_turn() -> set[int]:
+            pm.run_on(cores)  # a thread of the server has them from the start
+            with background.turn():
+                return os.sched_getaffinity(0)
+
+        assert beside.submit(second_turn).result() == cores
+    assert os.sched_getaffinity(0) == cores
+    memory.embedder.encode(["loads it"])
+    assert os.sched_getaffinity(memory.embedder._thread.native_id) == {max(cores)}
 
 
 def test_the_background_can_be_paused_and_tells_how_far_it_is(server):
