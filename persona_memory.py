@@ -3810,7 +3810,10 @@ class Embedder:
         self._model = faster(self._model)
         self._note_words()  # of the copy: the first table would keep the other model in RAM
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced
-            self._model = TracedModel(self._model)
+            traced = TracedModel(self._model)
+            self._model.model_card_data = None  # which holds the model, as in `faster`
+            self._model = traced
+        gc.collect()  # modules know each other, so they are garbage only to this; what was loaded is frozen
         give_memory_back()
 
     def _work(self, job: EncodingJob) -> None:
@@ -3958,14 +3961,17 @@ class TracedModel:
         self._rows = [TOKEN_ROWS[name] for name in names]
         model.requires_grad_(False)
 
+        traced = [model]  # emptied below: torch keeps the function, and would keep the model and its tokenizer
+
         def unit(*tensors: Any) -> Any:
             """The vectors of padded token ids."""
-            made = model(dict(zip(names, tensors, strict=True)))["sentence_embedding"]
+            made = traced[0](dict(zip(names, tensors, strict=True)))["sentence_embedding"]
             return torch.nn.functional.normalize(made.float(), dim=1)
 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
             self._program = torch.jit.trace(unit, self._inputs(SAMPLES[-1:]), check_trace=False)
+        traced.clear()
         for some in (SAMPLES, *([text] for text in SAMPLES)):
             own, made = (unit_vectors(one, some, some) for one in (model, self))
             if made.shape != own.shape or not np.allclose(made, own, atol=SAME_VALUES):
