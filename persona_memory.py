@@ -16839,14 +16839,17 @@ async function request(method, path, { query = {}, body, headers = {} } = {}) {
     Object.entries(query).forEach(([name, value]) => address.searchParams.set(name, value));
     const key = sessionStorage.getItem(KEY);
     const sent = key ? { ...headers, Authorization: `Bearer ${key}` } : headers;
-    const response = await fetch(address, { method, body, headers: sent, cache: 'no-store' }).catch(() => {
+    const silent = () => {
         throw new ServerError(0, 'The server does not answer. Is persona_memory still running?');
-    });
+    };
+    const response = await fetch(address, { method, body, headers: sent, cache: 'no-store' }).catch(silent);
     if (response.status === 401 && !path.startsWith('/v1/')) { // there it is the upstream that refuses a key
         await keyForm.ask(Boolean(key));
         return request(method, path, { query, body, headers });
     }
-    if (response.ok || response.status === 304) return response;
+    if (response.status === 304) return response;
+    // Read here: a server that stops in the middle of its answer is silent, too.
+    if (response.ok) return new Response(await response.blob().catch(silent), response);
     const answer = await response.json().catch(() => null);
     throw new ServerError(response.status, answer?.error?.message ?? `${response.status} ${response.statusText}`);
 }

@@ -268,6 +268,20 @@ def test_a_chat_goes_out_as_a_file_and_comes_in_again(visit, told, server):
     expect(other.get_by_role("alert").last).to_contain_text("broken.json")
 
 
+def test_a_server_that_stops_in_the_middle_of_its_answer_is_named(visit, told):
+    """Such an answer's head has come, and its body never does."""
+    page = visit(told.url)
+    page.locator(".chats > li").get_by_role("button", name="Export").click()
+    page.evaluate(
+        """() => {
+          const pull = (body) => body.error(new TypeError("Failed to fetch"));
+          window.fetch = async () => new Response(new ReadableStream({ pull }));
+        }"""
+    )
+    page.get_by_role("dialog").get_by_role("button", name="Everything (JSON)").click()
+    expect(page.locator(".toast.failed").last).to_contain_text("The server does not answer.")
+
+
 def test_a_message_of_another_branch_is_shown_by_itself(visit, server, upstream):
     """The search across chats finds what was said before an edit; the current branch has no place for it."""
     upstream.steer(reply=lambda body: "Aye.")
