@@ -131,7 +131,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy as shallow_copy
 from copy import deepcopy
@@ -1457,6 +1457,55 @@ class Mood:
     previous: str | None = None  # the label before; None where this is the first mood
 
 
+class Stretch(Sequence):
+    """The digests of a stretch's texts, put together of those of summaries, with their ids, and of others between them.
+
+    A summary of a higher level covers what those cover that it was made from, and shares it with them, on disk too: if
+    each had a copy, those of 100,000 messages would take a gigabyte. `parts` are (id or empty, digests).
+    """
+
+    __slots__ = ("parts", "_count")
+
+    def __init__(self, parts: Iterable[tuple[str, Sequence[str]]]):
+        self.parts = tuple((name, digests) for name, digests in parts if digests)
+        self._count = sum(len(digests) for _, digests in self.parts)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        waiting: list[Sequence[str]] = [self]  # no recursion: the story's beginning is made of its beginning, and so on
+        while waiting:
+            digests = waiting.pop()
+            if isinstance(digests, Stretch):
+                waiting += [part for _, part in reversed(digests.parts)]
+            else:
+                yield from digests
+
+    def __getitem__(self, at: int) -> str:
+        if not -self._count <= at < self._count:
+            raise IndexError(at)
+        digests, at = self, at % self._count
+        while isinstance(digests, Stretch):
+            for _, part in digests.parts:
+                if at < len(part):
+                    digests = part
+                    break
+                at -= len(part)
+        return digests[at]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))  # as of a tuple, which it may be equal to
+
+
+def stretch_parts(digests: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
+    """The parts of a `Stretch`; of other digests, themselves."""
+    return digests.parts if isinstance(digests, Stretch) else (("", digests),)
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a stretch of messages told.
@@ -1468,7 +1517,7 @@ class Summary:
 
     id: str
     level: int
-    texts: tuple[str, ...]
+    texts: Sequence[str]  # a tuple, or a `Stretch`
     start: int  # 0-based indexes in the branch, both included
     end: int
     text: str
@@ -5248,7 +5297,7 @@ KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MANY_KEYS, VERY_MANY_KEYS = 50, 2000  # more than a turn asks for, and than a piece of background work
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
-STORE_FORMAT = 2  # of a chat's rows; a chat of a higher one was written by a newer version of this program
+STORE_FORMAT = 3  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 UNKEPT = "New messages cannot be saved"
 WRITE_AGAIN_SECONDS = 5.0  # until a file that could only be read is tried again
 LEAST_KEPT = 500  # messages of a chat whose tree is kept for its next opening
@@ -5747,13 +5796,15 @@ class ChatStore:
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
         self.summaries: dict[str, Summary] = {}
         self.facts: dict[str, Fact] = {}
+        self.told_changes = 0  # how often a mark, a summary or a fact has changed
         if (kept := self._restore_tree(cache)) is None:
             self._read_tree(cache)
         if self.info and cache.get("format", 1) < STORE_FORMAT:
             self._upgrade(cache)
-        for key, row in {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-            if key != NEWER_ROW:
-                self._take_over(key, row)
+        told = {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}
+        told.pop(NEWER_ROW, None)
+        for key, row in sorted(told.items(), key=lambda item: item[1].get("level", 0)):  # a summary's parts first
+            self._take_over(key, row)
         if kept is None or self._generation - kept > KEPT_GENERATIONS // 4:
             self.keep_tree()
 
@@ -5786,32 +5837,49 @@ class ChatStore:
         return generation
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
-        """Rewrites the rows of format 1 (version 0.1.0): a model's thoughts were kept with its words, marks with each
-        message alone, and summaries and facts by the ids of messages."""
+        """Rewrites the rows of older formats.
+
+        In format 1 (version 0.1.0) a model's thoughts were kept with its words, marks with each message alone, and
+        summaries and facts by the ids of messages; up to format 2, summaries had all digests of their texts.
+        """
         with cache.transact():
-            moved = self._take_thoughts_out(cache)
-            marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
-            marks = changed_marks({}, marked, (), time.time())
-            for digest, some in marks.items():
-                cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
-            own, reworded = {m.id: m for m in marked}, set()
-            for message in self._with_marks(cache, (), marks):
-                if message != own.get(message.id):  # the same words elsewhere had no mark, or another one
-                    row = asdict(message) | {"order": self.tree.nodes[message.id].order}
-                    cache[f"m:{message.id}"] = json.dumps(row)
-                    self._remember(row)
-                    reworded.add(message.digest)
-            for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-                row = upgraded_row(row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree)
-                if row is None:  # its branch is not there
-                    cache.delete(key)
-                    continue
-                if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
-                    row["stale"] = True
-                cache[key] = json.dumps(row)
+            if cache.get("format", 1) == 1:
+                self._upgrade_first(cache)
+            rows = stored_rows(cache, "s:")
+            rows.pop(NEWER_ROW, None)
+            known: set[str] = set()
+            beginning: defaultdict[str, list[Summary]] = defaultdict(list)
+            for key, row in sorted(rows.items(), key=lambda item: item[1]["level"]):
+                summary = Summary(**row | {"texts": in_parts(row["texts"], beginning)})
+                cache[key] = json.dumps(summary_rows([summary], known)[key])
+                beginning[summary.texts[0]].append(summary)
+                known.add(summary.id)
             self._generation += 1  # without a list of changes: other processes read the chat anew
             cache["generation"] = self._generation
             note_format(cache)
+
+    def _upgrade_first(self, cache: diskcache.Cache) -> None:
+        """Makes the rows of format 1 those of format 2."""
+        moved = self._take_thoughts_out(cache)
+        marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
+        marks = changed_marks({}, marked, (), time.time())
+        for digest, some in marks.items():
+            cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
+        own, reworded = {m.id: m for m in marked}, set()
+        for message in self._with_marks(cache, (), marks):
+            if message != own.get(message.id):  # the same words elsewhere had no mark, or another one
+                row = asdict(message) | {"order": self.tree.nodes[message.id].order}
+                cache[f"m:{message.id}"] = json.dumps(row)
+                self._remember(row)
+                reworded.add(message.digest)
+        for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+            row = upgraded_row(row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree)
+            if row is None:  # its branch is not there
+                cache.delete(key)
+                continue
+            if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
+                row["stale"] = True
+            cache[key] = json.dumps(row)
 
     def _take_thoughts_out(self, cache: diskcache.Cache) -> dict[str, str]:
         """Leaves nothing but the words in the replies; returns the ids that messages have then, by those before."""
@@ -5913,15 +5981,19 @@ class ChatStore:
             dropped.pop(name := key.removeprefix("d:"), None)
             dropped[name] = key.startswith("d:")
         self._drop([key for key, gone in dropped.items() if gone and key in self.tree.nodes])
-        for key in (key for key, gone in dropped.items() if not gone):
-            self._take_over(key, read_json(cache, row_key(key)))
+        rows = [(key, read_json(cache, row_key(key))) for key, gone in dropped.items() if not gone]
+        for key, row in sorted(rows, key=lambda item: item[1].get("level", 0)):  # a summary's parts first
+            self._take_over(key, row)
         self.info = read_json(cache, "info")
         self._generation = newest
 
     def _take_over(self, key: str, row: dict) -> None:
         """Takes a row into RAM: a mark's, a summary's, a fact's, or a message's under its bare id."""
+        self.told_changes += key[:2] in ("s:", "f:", "k:")
         if key.startswith("s:"):
-            self.summaries[key[2:]] = Summary(**row | {"texts": tuple(row["texts"])})
+            known = self.summaries.get(key[2:])  # others share its texts
+            texts = known.texts if known else texts_of_row(row["texts"], self.summaries)
+            self.summaries[key[2:]] = Summary(**row | {"texts": texts})
         elif key.startswith("f:"):
             self.facts[key[2:]] = Fact(**row)
         elif key.startswith("k:"):
@@ -5963,8 +6035,8 @@ class ChatStore:
                 rows |= {row["id"]: row for row in self._rows(messages)}
                 changed = {d for d, some in marks.items() if memory_of(some) != memory_of(self.marks.get(d, {}))}
                 told = summaries_of(self.summaries.values(), changed)
-                rows |= {f"s:{s.id}": asdict(replace(s, stale=True)) for s in told}
-                rows |= {f"s:{s.id}": asdict(s) for s in summaries} | {f"f:{f.id}": asdict(f) for f in facts}
+                rows |= summary_rows([*(replace(s, stale=True) for s in told), *summaries], self.summaries)
+                rows |= {f"f:{f.id}": asdict(f) for f in facts}
                 values = {row_key(key): json.dumps(row) for key, row in rows.items()}
                 gone = [f"g:{generation - KEPT_GENERATIONS}", *(f"m:{message}" for message in dropped)]
                 if report:
@@ -6191,7 +6263,7 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
 
     A message whose parent is lost hangs under the one that was written before it.
     """
-    found, summaries, facts, info = [], [], [], {}
+    found, told, facts, info = [], [], [], {}
     for key, row in rows:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             if key.startswith("m:"):
@@ -6202,14 +6274,20 @@ def salvaged(rows: Iterable[tuple[str, Any]]) -> tuple[list[Message], list[Summa
                         (int(row["order"]), replace(message, at=float(message.at), tokens=int(message.tokens)))
                     )
             elif key.startswith("s:"):
-                summaries.append(Summary(**row | {"texts": tuple(row["texts"])}))
+                told.append(Summary(**row))
             elif key.startswith("f:"):
                 facts.append(Fact(**row))
             elif key == "info":
                 info = dict(row)
     messages, moved = rehung(message for _, message in sorted(found, key=lambda row: row[0]))
     newest = messages[-1].id if messages else ROOT
-    return messages, summaries, facts, info | {"head": moved.get(info.get("head", ""), newest) or newest}
+    summaries: dict[str, Summary] = {}
+    with contextlib.suppress(TypeError):  # a level that is no number
+        told.sort(key=lambda s: s.level)
+    for summary in told:
+        with contextlib.suppress(KeyError, TypeError):  # what it was made from is lost
+            summaries[summary.id] = replace(summary, texts=texts_of_row(summary.texts, summaries))
+    return messages, list(summaries.values()), facts, info | {"head": moved.get(info.get("head", ""), newest) or newest}
 
 
 def rehung(messages: Iterable[Message]) -> tuple[list[Message], dict[str, str]]:
@@ -6330,7 +6408,65 @@ def memory_of(marks: Mapping[str, Mark]) -> dict[str, tuple[str | None, bool]]:
 
 def summaries_of(summaries: Iterable[Summary], digests: set[str]) -> list[Summary]:
     """Those that cover one of the texts, except a user's own."""
-    return [s for s in summaries if digests and s.source != "user" and not digests.isdisjoint(s.texts)]
+    covering = covering_texts(summaries, lambda texts: not digests.isdisjoint(texts), any) if digests else ()
+    return [s for s in covering if s.source != "user"]
+
+
+def covering_texts(
+    summaries: Iterable[Summary], fits: Callable[[Sequence[str]], bool], join: Callable[[Iterable[bool]], bool]
+) -> list[Summary]:
+    """Those of whose texts `any` or `all` (to `join`) fit; texts that several share are looked at once."""
+    known: dict[int, bool] = {}  # by the object
+    found = []
+    for summary in sorted(summaries, key=lambda s: s.level):  # parts first
+        every = (known[id(part)] if id(part) in known else fits(part) for _, part in stretch_parts(summary.texts))
+        known[id(summary.texts)] = join(every)
+        if known[id(summary.texts)]:
+            found.append(summary)
+    return found
+
+
+def texts_row(texts: Sequence[str], known: Collection[str]) -> list:
+    """A summary's texts as a row has them: digests, and the ids of `known` summaries whose texts stand there."""
+    parts = ([{"summary": name}] if name in known else part for name, part in stretch_parts(texts))
+    return list(itertools.chain.from_iterable(parts))
+
+
+def texts_of_row(row: Sequence, summaries: Mapping[str, Summary]) -> Sequence[str]:
+    """The texts that `texts_row` has told; raises `KeyError` where a summary is not there."""
+    if all(isinstance(item, str) for item in row):
+        return tuple(row)
+    parts: list[tuple[str, Sequence[str]]] = []
+    for kind, some in [(kind, list(some)) for kind, some in itertools.groupby(row, type)]:
+        parts += [("", tuple(some))] if kind is str else [(i["summary"], summaries[i["summary"]].texts) for i in some]
+    return Stretch(parts)
+
+
+def in_parts(texts: Sequence[str], beginning: Mapping[str, Sequence[Summary]]) -> Sequence[str]:
+    """The texts as a `Stretch` of those of summaries, the longest that stand there, where any do; `beginning` gives
+    those that begin with a text."""
+    parts: list[tuple[str, Sequence[str]]] = []
+    at = plain = 0
+    while at < len(texts):
+        there = sorted(beginning.get(texts[at], ()), key=lambda s: -len(s.texts))
+        part = next((s for s in there if list(s.texts) == list(texts[at : at + len(s.texts)])), None)
+        if part:
+            parts += [("", tuple(texts[plain:at]))] * (at > plain) + [(part.id, part.texts)]
+            plain = at = at + len(part.texts)
+        else:
+            at += 1
+    return Stretch([*parts, ("", tuple(texts[plain:]))]) if parts else tuple(texts)
+
+
+def summary_rows(summaries: Sequence[Summary], known: Collection[str] = ()) -> dict[str, dict]:
+    """The rows of summaries by their keys, parts first; texts of each other's, and of `known` ones, are named by
+    these."""
+    rows = {}
+    for summary in sorted(summaries, key=lambda s: s.level):
+        row = {field.name: getattr(summary, field.name) for field in fields(summary)}
+        held = [name for name, _ in stretch_parts(summary.texts) if name in known or f"s:{name}" in rows]
+        rows[f"s:{summary.id}"] = row | {"texts": texts_row(summary.texts, held)}
+    return rows
 
 
 def with_mark(message: Message, mark: Mark | None) -> Message:
@@ -7552,6 +7688,7 @@ class Chat:
         # the background makes.
         self.mood_followed: tuple[list[Node], MoodTrack | None] = ([], None)
         self.places: tuple[Branch, Any] = (Branch(), None)  # the branch last told of, and where summaries stand
+        self.of_story: tuple[Any, dict] = (None, {})  # see `kept_of_story`
         self._counted = Branch(), Column(np.int64)  # see `tokens`
         self.embedding = threading.Lock()  # held by the one job that computes this chat's missing vectors
 
@@ -9193,6 +9330,7 @@ MOST_FACTS = 6  # from one stretch
 SHORTEST_QUOTE = 6  # characters that prove something; half of that where characters say more
 WORDS_PER_TOKEN = 0.7  # of English prose in cl100k_base
 SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’»*)\]]*\s+|(?<=[。！？])|\n+")
+MOST_COMPARED = 1000  # messages; more hold so many words that any summary is made of them
 GROUNDED = 0.45  # share of a summary's words that what it covers must hold; hand-written ones reach 0.55 to 0.9
 MOST_REPEATED = 0.7  # share of a summary's sentences that must differ
 MOST_SPOKEN = 0.4  # share of a summary that may stand in quotation marks or asterisks; more is a scene, no summary
@@ -9205,23 +9343,28 @@ def story_tokens(context: int, shares: Sequence[float]) -> int:
 
 class Places:
     """Where summaries stand on a branch: those whose texts stand side by side there. What was found is kept, since a
-    turn asks several times, and a long chat has hundreds.
+    turn asks several times, and a long chat has thousands.
 
-    `texts` are the digests of the branch's messages.
+    `texts` are the digests of the branch's messages; `moves` counts how often something that was asked for has come to
+    stand elsewhere.
     """
 
-    def __init__(self, texts: Sequence[str]):
-        self.texts = tuple(texts)
-        self._last = dict(zip(texts, range(len(texts)), strict=True))
-        self._first = dict(zip(reversed(texts), range(len(texts) - 1, -1, -1), strict=True))
+    def __init__(self, texts: Iterable[str]):
+        self.texts, self.moves = list(texts), 0
+        self._last = dict(zip(self.texts, range(len(self.texts)), strict=True))
+        self._first = dict(zip(reversed(self.texts), range(len(self.texts) - 1, -1, -1), strict=True))
         self._many: dict[str, list[int]] = {}  # where a text stands that stands in several places
-        self._found: dict[int, tuple[Summary, list[Summary]]] = {}  # by the object: a changed summary is another
+        # Where texts stand side by side, by the object, and those objects by the text that they end with: as the end of
+        # a branch changes, only what ends there comes to stand elsewhere.
+        self._starts: dict[int, tuple[Sequence[str], list[int]]] = {}
+        self._ending: dict[str, list[int]] = {}
+        self._found: dict[str, tuple[Summary, list[int], list[Summary]]] = {}  # by id
 
     def go_over(self, kept: int, more: Sequence[str]) -> None:
         """Becomes that of a branch which shares its first `kept` texts with this one, and goes on with `more`: the next
         turn's branch is nearly this one."""
         changed = {*self.texts[kept:], *more}
-        self.texts = (*self.texts[:kept], *more)
+        self.texts[kept:] = more
         for digest in changed & self._last.keys():
             self._many.pop(digest, None)
             first = self._first[digest]
@@ -9232,10 +9375,17 @@ class Places:
         for i, digest in enumerate(more, kept):
             self._first.setdefault(digest, i)
             self._last[digest] = i
-        self._found = {key: row for key, row in self._found.items() if changed.isdisjoint(row[0].texts)}
+        for digest in changed & self._ending.keys():
+            self.moves += 1
+            for key in self._ending.pop(digest):
+                del self._starts[key]
+
+    def spots(self, digest: str) -> Sequence[int]:
+        """The indexes at which a text stands."""
+        self._ending.setdefault(digest, [])  # so that `moves` counts when it comes to stand elsewhere
+        return self._spots(digest)
 
     def _spots(self, digest: str) -> Sequence[int]:
-        """The indexes at which a text stands."""
         first, last = self._first.get(digest), self._last.get(digest)
         if first == last:
             return () if first is None else (first,)
@@ -9243,19 +9393,46 @@ class Places:
             self._many[digest] = [i for i in range(first, last + 1) if self.texts[i] == digest]
         return self._many[digest]
 
+    def _starts_of(self, texts: Sequence[str]) -> list[int]:
+        """The indexes at which texts begin to stand side by side; of a `Stretch` by where its parts do."""
+        waiting = [texts]
+        while waiting:
+            some = waiting[-1]
+            parts = [part for _, part in some.parts] if isinstance(some, Stretch) else ()
+            if unknown := [part for part in parts if id(part) not in self._starts]:
+                waiting += unknown
+                continue
+            waiting.pop()
+            if id(some) not in self._starts:
+                self._starts[id(some)] = some, self._joined(parts) if parts else self._side_by_side(some)
+                self._ending.setdefault(some[-1], []).append(id(some))
+        return self._starts[id(texts)][1]
+
+    def _joined(self, parts: Sequence[Sequence[str]]) -> list[int]:
+        """Where parts stand one behind the other."""
+        first, *rest = (self._starts[id(part)][1] for part in parts)
+        behind = list(zip(map(set, rest), itertools.accumulate(map(len, parts)), strict=False))
+        return [start for start in first if all(start + shift in starts for starts, shift in behind)]
+
+    def _side_by_side(self, texts: Sequence[str]) -> list[int]:
+        """Where texts stand one behind the other."""
+        texts, rarest = list(texts), 0
+        if len(self._spots(texts[0])) > 1:  # "ok" stands in many places
+            rarest = min(range(len(texts)), key=lambda n: len(self._spots(texts[n])))
+        starts = (index - rarest for index in self._spots(texts[rarest]))
+        return [start for start in starts if start >= 0 and self.texts[start : start + len(texts)] == texts]
+
     def of(self, summary: Summary) -> list[Summary]:
         """A summary with its places on the branch, once for each time that it stands there."""
-        known, found = self._found.get(id(summary), (None, []))
-        if known is summary:
-            return found
-        count, free, rarest, found = len(summary.texts), 0, 0, []
-        if len(self._spots(summary.texts[0])) > 1:  # "ok" stands in many places
-            rarest = min(range(count), key=lambda n: len(self._spots(summary.texts[n])))
-        for start in (index - rarest for index in self._spots(summary.texts[rarest])):
-            if start >= free and self.texts[start : start + count] == summary.texts:
-                found.append(at_place(summary, start))
-                free = start + count
-        self._found[id(summary)] = summary, found
+        starts = self._starts_of(summary.texts)
+        known, there, found = self._found.get(summary.id, (None, starts, []))
+        if known is not summary or there is not starts:
+            free, found = 0, []
+            for start in starts:
+                if start >= free:
+                    found.append(at_place(summary, start))
+                    free = start + len(summary.texts)
+            self._found[summary.id] = summary, starts, found
         return found
 
     def placed(self, summaries: Iterable[Summary]) -> list[Summary]:
@@ -9290,10 +9467,10 @@ def told_story(standing: Iterable[Summary]) -> list[Summary]:
 def replaced_words(summaries: Iterable[Summary], places: Places) -> list[Summary]:
     """A user's own summaries of stretches that have changed since then: half of what they cover stands on the branch,
     but not side by side. They are at the places of what is left."""
-    spots, found = {d: i for i, d in enumerate(places.texts)}, []
-    for summary in summaries:
-        left = [spots[d] for d in summary.texts if d in spots]
-        if summary.source == "user" and 2 * len(left) >= len(summary.texts) and not places.of(summary):
+    found = []
+    for summary in (s for s in summaries if s.source == "user" and not places.of(s)):
+        left = [places.spots(digest)[-1] for digest in summary.texts if places.spots(digest)]
+        if 2 * len(left) >= len(summary.texts):
             found.append(replace(summary, start=min(left), end=max(left)))
     return sorted(found, key=lambda s: s.start)
 
@@ -9522,20 +9699,18 @@ def checked_facts(found: Iterable[Any], messages: Sequence[Message], start: int)
     return list(facts.values())[:MOST_FACTS]
 
 
-def facts_of(facts: Iterable[Fact], texts: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
+def facts_of(facts: Iterable[Fact], places: Places, before: float) -> list[tuple[Fact, Fact | None]]:
     """A branch's facts that hold, pinned ones first, then the newest; each with the one that it superseded.
 
-    `texts` are the digests of the branch's messages. Only facts from stretches that end before the index `before`
-    count, so that they come into the prompt together with their summary; where words stand more than once, a fact is
-    at the last such place. A user's note, which has no message, holds everywhere.
+    Only facts from stretches that end before the index `before` count, so that they come into the prompt together with
+    their summary; where words stand more than once, a fact is at the last such place. A user's note, which has no
+    message, holds everywhere.
     """
-    spots: dict[str, list[int]] = defaultdict(list, {"": [-1]})
-    for index, digest in enumerate(texts):
-        spots[digest].append(index)
     topics: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
         after = fact.end - fact.index
-        at = max((i for i in spots.get(fact.digest, ()) if i + after < before), default=None)
+        spots = places.spots(fact.digest) if fact.digest else (-1,)
+        at = max((i for i in spots if i + after < before), default=None)
         if at is not None and not fact.forgotten:
             topics[plain_words(fact.about) or fact.id].append(replace(fact, index=at, end=at + after))
     rows = [sorted(group, key=lambda f: (f.pinned, f.index))[-2:] for group in topics.values()]
@@ -9646,10 +9821,25 @@ def weighted_rows(
     return rows
 
 
+def stretch_of(group: Sequence[Summary], digests: Callable[[int, int], Sequence[str]]) -> Stretch:
+    """The texts of a branch from the first of some of its summaries to the end of the last. `digests` gives those of a
+    range of places."""
+    parts: list[tuple[str, Sequence[str]]] = []
+    at = group[0].start
+    for summary in group:
+        if summary.start > at:
+            parts.append(("", tuple(digests(at, summary.start))))
+        overlaps = summary.start < at
+        parts.append(("", tuple(digests(at, summary.end + 1))) if overlaps else (summary.id, summary.texts))
+        at = summary.end + 1
+    return Stretch(parts)
+
+
 def new_summary(level: int, texts: Sequence[str], start: int, text: str, covered: int, source: str) -> Summary:
     """A summary of the texts of those digests, which begin at the index `start` of a branch."""
     key, end = short_hash("summary", str(level), *texts), start + len(texts) - 1
-    made = Summary(key, level, tuple(texts), start, end, text, 0, covered, source, since=end, at=time.time())
+    texts = texts if isinstance(texts, Stretch) else tuple(texts)
+    made = Summary(key, level, texts, start, end, text, 0, covered, source, since=end, at=time.time())
     return replace(made, tokens=line_tokens(made))
 
 
@@ -10128,7 +10318,8 @@ def preceded(message: Mapping, block: str) -> dict:
 # Chat files
 # ======================================================================================================================
 
-EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 1
+EXPORT_FORMAT, EXPORT_VERSION = "persona_memory", 2
+OLDER_EXPORTS = (1,)  # versions that are read too: there a summary had all digests of its texts
 NO_NAMES = (None, "", "unused")  # what headers hold where they name nobody; newer versions write "unused"
 STAND_IN_AVATAR = "img/ai4.png"  # SillyTavern's own; a message that has one carries its speaker's name into the prompt
 LONGEST_DATE = 64  # characters
@@ -10144,7 +10335,7 @@ KEPT_INFO = {  # what an export holds of a chat beside its messages, with its ty
 }  # fmt: skip
 LATEST = 2.0**36  # Unix seconds, in the year 4147
 FIELD_TYPES = {
-    "str": str, "int": int, "float": float, "bool": bool, "str | None": str | None, "tuple[str, ...]": list
+    "str": str, "int": int, "float": float, "bool": bool, "str | None": str | None, "Sequence[str]": list
 }  # fmt: skip
 
 
@@ -10646,7 +10837,7 @@ def write_export(copy: ChatCopy) -> dict:
         "format": EXPORT_FORMAT, "version": EXPORT_VERSION,
         "chat": {k: copy.info[k] for k in KEPT_INFO if copy.info.get(k) is not None} | {"head": copy.head},
         "messages": [asdict(m) for m in copy.messages],
-        "summaries": [asdict(s) for s in copy.summaries], "facts": [asdict(f) for f in copy.facts],
+        "summaries": list(summary_rows(copy.summaries).values()), "facts": [asdict(f) for f in copy.facts],
     }  # fmt: skip
 
 
@@ -10654,7 +10845,7 @@ def read_export(data: Mapping) -> ChatCopy:
     """The chat in an export; raises `InvalidRequest` naming the field that is wrong."""
     if data["format"] != EXPORT_FORMAT:
         raise InvalidRequest("This is neither a SillyTavern chat file nor an export of persona_memory.")
-    if data.get("version") != EXPORT_VERSION:
+    if data.get("version") not in (*OLDER_EXPORTS, EXPORT_VERSION):
         raise InvalidRequest(
             f"This export is of version {data.get('version')!r}; this program reads version {EXPORT_VERSION}.",
             "version",
@@ -10666,18 +10857,40 @@ def read_export(data: Mapping) -> ChatCopy:
     for order, message in enumerate(messages):
         tree.put(message, order)
     known = {name: by_texts(data.get(name), tree) for name in ("summaries", "facts")}
-    summaries = [s for s, _ in records(known, "summaries", Summary)]
+    summaries = told_summaries([s for s, _ in records(known, "summaries", Summary)], len(messages))
     facts = [f for f, _ in records(known, "facts", Fact)]
-    if not all(s.texts and all(isinstance(d, str) for d in s.texts) for s in summaries):
-        raise InvalidRequest("A summary's texts must be digests.", "texts")
     head = typed_value(data["chat"].get("head", ROOT), str, "chat.head")
     if head and head not in tree.nodes:
         raise InvalidRequest("chat.head names a message that is not there.", "messages")
     if not all(re.fullmatch(r"[0-9A-Za-z_-]{1,64}", row.id) for row in (*summaries, *facts)):
         raise InvalidRequest("A summary or a fact has an id that is not valid.", "id")
     messages, moved = rehung(map(worded, messages))
-    sized = (replace(s, texts=tuple(s.texts), tokens=line_tokens(s)) for s in summaries)
+    sized = (replace(s, tokens=line_tokens(s)) for s in summaries)
     return ChatCopy(tuple(messages), moved[head], info, tuple(sized), tuple(facts))
+
+
+def told_summaries(rows: Sequence[Summary], most: int) -> list[Summary]:
+    """The summaries whose texts are as in rows, see `texts_row`; raises `InvalidRequest` where that cannot be. One put
+    together of more than `most` texts covers more than its chat has, and is left out: a file could make them endless.
+    """
+    found: dict[str, Summary] = {}
+    endless: set[str] = set()
+    for row in sorted(rows, key=lambda s: s.level):  # parts first
+        try:
+            if any(isinstance(item, dict) and item["summary"] in endless for item in row.texts):
+                endless.add(row.id)
+                continue
+            texts = texts_of_row(row.texts, found)
+        except (KeyError, TypeError):
+            words = "A summary's texts must be digests, or summaries of lower levels in the same file."
+            raise InvalidRequest(words, "texts") from None
+        if not texts:
+            raise InvalidRequest("A summary must have texts.", "texts")
+        if isinstance(texts, Stretch) and len(texts) > most:
+            endless.add(row.id)
+        else:
+            found[row.id] = replace(row, texts=texts)
+    return list(found.values())
 
 
 def by_texts(rows: Any, tree: Tree) -> Any:
@@ -14093,8 +14306,10 @@ class Archive:
             keys = [key for m in messages for key in embedded_texts(m)]
             vectors = source.store.vectors(self._vectors.embedder.key, keys)
             texts, every = set(source.texts(ids)), source.store.summaries.values()
-            shared = [(s, len(texts.intersection(s.texts)), len(set(s.texts))) for s in every]
-            summaries = [s for s, held, size in shared if held == size or (s.source == "user" and 2 * held >= size)]
+            summaries = covering_texts(every, texts.issuperset, all)
+            whole, own = {s.id for s in summaries}, [s for s in every if s.source == "user"]
+            half = [s for s in own if 2 * len(texts.intersection(s.texts)) >= len(set(s.texts))]
+            summaries += [s for s in half if s.id not in whole]
             facts = [f for f in source.store.facts.values() if not f.digest or f.digest in texts]
             family, marks = source.store.family, dict(source.store.marks)  # also of words that come back only later
         target.store.commit(messages, {"family": family}, summaries=summaries, facts=facts, marks=marks)
@@ -15040,6 +15255,7 @@ MOST_FLAWED = 2  # stretches in a row of which a model may write nothing usable 
 GAVE_WAY_AT_MOST = 50  # times that a summary gives way to turns
 SUMMARY_OVERHEAD = 900  # tokens of the task, the facts, and of what other tokenizers count more
 NEAR_BRANCH = 100  # messages after a fork, up to which where summaries stand is not found anew
+MOST_KEPT_OF_STORY = 8  # things made of it: its text for two or three lengths, and what is to be done next
 LONGEST_SUMMARIZED = 400  # tokens of a summary that the Extras API asks for
 
 
@@ -15055,12 +15271,31 @@ def places_on(chat: Chat, path: Sequence[str]) -> Places:
     return chat.places[1]
 
 
+def kept_of_story(chat: Chat, path: Branch, name: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` makes of the summaries and facts on a branch, kept by a name until one of them changes, or comes to
+    stand elsewhere: a long chat has thousands, and few turns touch one. Hold the chat's lock."""
+    places = places_on(chat, path)
+    state = places, places.moves, chat.store.told_changes
+    if chat.of_story[0] != state or len(chat.of_story[1]) >= MOST_KEPT_OF_STORY:
+        chat.of_story = state, {}
+    kept = chat.of_story[1]
+    if name not in kept:
+        kept[name] = make()
+    return kept[name]
+
+
+def told_on(chat: Chat, path: Branch) -> list[Summary]:
+    """The story of a branch, see `told_story`; hold the chat's lock."""
+    every = chat.store.summaries
+    return kept_of_story(chat, path, "story", lambda: places_on(chat, path).story(every.values()))
+
+
 def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
     """What holds on a branch before an index: the pinned messages, newest first, then the facts whose words their
     messages still hold. Words that stand there more than once are told once, and not at all where they stand from
     `before` on too."""
-    store, tree, tip = chat.store, chat.tree, path[-1] if path else ROOT
-    marked = {node.id: node for node in chat.nodes(tree.marked) if tree.stands_on(tip, node.id)}
+    store, tree, tip, places = chat.store, chat.tree, path[-1] if path else ROOT, places_on(chat, path)
+    marked = {n.id: n for n in chat.nodes(tree.marked) if places.spots(n.digest) and tree.stands_on(tip, n.id)}
     pinned = sorted((n for n in marked.values() if n.pinned and not n.forgotten), key=lambda n: n.depth)
     newest = {n.fingerprint: n for n in pinned}
     pinned = sorted((n for n in newest.values() if n.depth < before), key=lambda n: n.depth, reverse=True)
@@ -15070,7 +15305,7 @@ def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[F
     for message in store.read([n.id for n in marked.values() if n.digest in told]):
         changed[message.digest].append(message)
     facts = [f for f in store.facts.values() if all(still_quotes(f, m) for m in changed.get(f.digest, ()))]
-    held = facts_of(facts, places_on(chat, path).texts, before) if facts else []
+    held = facts_of(facts, places, before)
     return rows + [(at_message(fact, path), older and at_message(older, path)) for fact, older in held]
 
 
@@ -15081,11 +15316,15 @@ def at_message(fact: Fact, path: Sequence[str]) -> Fact:
 
 def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> Story:
     """The story of what stands before an index of the branch, in at most `budget` tokens."""
-    if budget <= 0:
-        return Story()
-    standing = places_on(chat, path).placed(chat.store.summaries.values())
-    hidden = [s for s in standing if s.since < before]
-    return render_story(told_story(hidden), branch_facts(chat, path, before), budget, chat.wording(path))
+    words = chat.wording(path)
+
+    def made() -> Story:
+        """That story."""
+        standing = places_on(chat, path).placed(chat.store.summaries.values())
+        hidden = [s for s in standing if s.since < before]
+        return render_story(told_story(hidden), branch_facts(chat, path, before), budget, words)
+
+    return kept_of_story(chat, path, (before, budget, words), made) if budget > 0 else Story()
 
 
 def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
@@ -15094,10 +15333,9 @@ def story_reserve(chat: Chat, path: Sequence[str], budget: int) -> int:
     store, tree = chat.store, chat.tree
     if not (store.summaries or store.facts or tree.marked):
         return 0
-    begun = any(map(places_on(chat, path).of, store.summaries.values()))
-    quoted_texts = {f.digest for f in store.facts.values()}
-    begun = begun or "" in quoted_texts or not quoted_texts.isdisjoint(places_on(chat, path).texts)
-    pinned = (n for n in chat.nodes(tree.marked) if n.pinned)
+    places, pinned = places_on(chat, path), (n for n in chat.nodes(tree.marked) if n.pinned)
+    begun = any(map(places.of, store.summaries.values()))
+    begun = begun or any(not f.digest or places.spots(f.digest) for f in store.facts.values())
     return budget if begun or any(tree.stands_on(path[-1], n.id) for n in pinned) else 0
 
 
@@ -15111,8 +15349,7 @@ def story_rows(chat: Chat, path: Sequence[str]) -> dict:
 
     `replaced` are a user's own words for stretches that the client has changed since.
     """
-    every, places = chat.store.summaries.values(), places_on(chat, path)
-    story = places.story(every)
+    every, places, story = chat.store.summaries.values(), places_on(chat, path), told_on(chat, path)
     rows = branch_facts(chat, path, math.inf)
     facts = [row for row in rows if row[0].quote or not row[0].digest]  # pinned messages quote nothing
     return {
@@ -15203,7 +15440,7 @@ class Summarizer:
     def _story(chat: Chat, plan: SummaryPlan) -> tuple[list[str], list[Summary]]:
         """The plan's branch, and the summaries that stand for it."""
         path = chat.path(plan.tip) if plan.tip in chat.tree.nodes else Branch()
-        return path, places_on(chat, path).story(chat.store.summaries.values())
+        return path, told_on(chat, path)
 
     def _work_off(self, chat_id: str) -> None:
         """Works off a chat's plan; a newer one of another turn replaces it meanwhile."""
@@ -15266,8 +15503,10 @@ class Summarizer:
             return False
         with chat.lock:  # a user may have put words of their own in a summary's place meanwhile, or forgotten others
             changed = marked_since(chat, marks)
-            users = {(s.level, s.texts) for s in chat.store.summaries.values() if s.source == "user"}
-            stored = [s for s in made if (s.level, s.texts) not in users and changed.isdisjoint(s.texts)]
+            users = [s for s in chat.store.summaries.values() if s.source == "user"]
+            outdated = [s.id for s in summaries_of(made, changed)]
+            outdated += [s.id for s in made if any((s.level, s.texts) == (own.level, own.texts) for own in users)]
+            stored = [s for s in made if s.id not in outdated]
             found = [f for f in facts if f.id not in chat.store.facts and f.digest not in changed]
             chat.store.commit(summaries=stored, facts=found)
         log_event(
@@ -15289,7 +15528,8 @@ class Summarizer:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            return extract_to_improve(story, list(chat.store.summaries.values()), places_on(chat, path))
+            every, places = list(chat.store.summaries.values()), places_on(chat, path)
+            return kept_of_story(chat, path, "to improve", lambda: extract_to_improve(story, every, places))
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -15307,7 +15547,7 @@ class Summarizer:
             start, _ = next_gap(story, plan.first)
             marks = dict(chat.store.marks)
             messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
-            parts = taken_in(old, chat.store.summaries.values(), places_on(chat, path))
+            parts = taken_in(old, by_stretch(chat.store.summaries.values(), places_on(chat, path)))
         failed = self.failure
         if messages:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
@@ -15319,7 +15559,7 @@ class Summarizer:
         with chat.lock:
             changed, now = marked_since(chat, marks), chat.store.summaries.get(old.id)
             same = now and (now.text, now.source) == (old.text, old.source)  # not replaced by a user's own words
-            if same and changed.isdisjoint(fresh.texts):
+            if same and not summaries_of([fresh], changed):
                 chat.store.commit(summaries=[fresh])
         return 0.0 if fresh.source == "model" else None  # a model that writes badly is not asked on and on
 
@@ -15415,15 +15655,17 @@ class Summarizer:
     ) -> Summary:
         """One summary of several of a branch, checked against the messages that they cover."""
         stretch = path[group[0].start : group[-1].end + 1]
+        compared = stretch if len(stretch) <= MOST_COMPARED else ()
         covered = sum(s.tokens for s in group)
         room = summary_room(covered, plan.budget)
         text, _ = self._written([summary_line(s) for s in group], "summaries", room, plan, ask)
-        if text and flaw_of(text, "\n".join(m.spoken for m in read_in_batches(chat, stretch) if not m.forgotten)):
+        spoken = "\n".join(m.spoken for m in read_in_batches(chat, compared) if not m.forgotten) if text else ""
+        if spoken and flaw_of(text, spoken):
             text = ""
         source = "model" if text else "extract"
         text = text or extract_summary([("", s.text, 0.5) for s in group], room)
         with chat.lock:
-            texts = chat.texts(stretch)
+            texts = stretch_of(group, lambda start, end: chat.texts(path[start:end]))
         return new_summary(max(s.level for s in group) + 1, texts, group[0].start, text, covered, source)
 
     def _again(
@@ -15546,19 +15788,41 @@ def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str
 def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], places: Places) -> Summary | None:
     """The first extract among summaries, and among those that they were made from, which go first: of the story's
     oldest line, the part that tells most."""
-    for summary in story:
-        parts = taken_in(summary, stored, places) if summary.level > 1 else ()
-        parts = sorted(parts, key=lambda s: -importance_alone(s.text, 0.0))
-        found = extract_to_improve(parts, stored, places)
-        if found or (summary.source == "extract" and summary.tries < MOST_TRIES):
-            return found or summary
+    standing = by_stretch(stored, places)
+    newest = (s for some in standing.values() for s in {s.level: s for s in some}.values())
+    poor = [s for s in newest if s.source == "extract" and s.tries < MOST_TRIES]
+    waiting, opened = [*reversed(story)], set()
+    while waiting:  # no recursion: the story's beginning is made of its beginning, and so on
+        summary = waiting[-1]
+        if summary.id not in opened and any(lies_within(s, summary) for s in poor):
+            opened.add(summary.id)
+            waiting += sorted(taken_in(summary, standing), key=lambda s: importance_alone(s.text, 0.0))
+        elif waiting.pop().source == "extract" and summary.tries < MOST_TRIES:
+            return summary
     return None
 
 
-def taken_in(summary: Summary, stored: Iterable[Summary], places: Places) -> list[Summary]:
-    """The summaries that a summary of a higher level was made from, oldest first."""
-    lower = places.placed(s for s in stored if s.level < summary.level)
-    return told_story(s for s in lower if summary.start <= s.start and s.end <= summary.end)
+def by_stretch(stored: Iterable[Summary], places: Places) -> dict[tuple[int, int], list[Summary]]:
+    """The summaries that stand on a branch by their first and last places there, those that were tried most often
+    last."""
+    found: defaultdict[tuple[int, int], list[Summary]] = defaultdict(list)
+    for summary in sorted(places.placed(stored), key=lambda s: s.tries):
+        found[summary.start, summary.end].append(summary)
+    return found
+
+
+def lies_within(summary: Summary, whole: Summary) -> bool:
+    """Whether a summary may be one of those that another was made from."""
+    return summary.level < whole.level and whole.start <= summary.start and summary.end <= whole.end
+
+
+def taken_in(summary: Summary, standing: Mapping[tuple[int, int], Sequence[Summary]]) -> list[Summary]:
+    """The summaries that a summary of a higher level was made from, oldest first; `standing` as of `by_stretch`."""
+    ends = itertools.accumulate((len(part) for _, part in stretch_parts(summary.texts)), initial=summary.start)
+    stretches = [standing.get((start, end - 1), ()) for start, end in itertools.pairwise(ends)]
+    if not isinstance(summary.texts, Stretch):
+        stretches = list(standing.values())
+    return told_story(s for some in stretches for s in some if lies_within(s, summary))
 
 
 # ======================================================================================================================

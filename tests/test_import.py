@@ -877,7 +877,7 @@ ROW = {"id": ROW_ID, "parent": "", "role": "user", "content": "Hi"}
         ('{"savedsettings": {}, "prompt": "Once upon a time.", "actions": 5}', "story of KoboldAI Lite"),
         ('{"messages": 5}', "an object with messages"),
         ('{\n  "format": "persona_memory",\n  "version": oops\n}', "line 3"),
-        (json.dumps({**EXPORT, "version": 2}), "version"),
+        (json.dumps({**EXPORT, "version": 3}), "version"),
         (json.dumps({**EXPORT, "format": "other"}), "neither"),
         (json.dumps({**EXPORT, "chat": {}}), "chat.chat_id"),
         (json.dumps({**EXPORT, "chat": {"chat_id": "x", "created": "now"}}), "chat.created"),
@@ -1102,11 +1102,11 @@ def test_an_export_comes_back_as_it_was(folders, messages, data):
     tip = data.draw(st.sampled_from(["", *(m.id for m in messages)]))
     text = data.draw(st.sampled_from(messages)).digest
     told = {
-        "summaries": [pm.asdict(pm.new_summary(1, [text], 0, "They met.", 9, "user"))],
+        "summaries": [{**pm.asdict(pm.new_summary(1, [text], 0, "They met.", 9, "user")), "texts": [text]}],
         "facts": [pm.asdict(pm.Fact("f", "cat", "The cat is Miso.", "Miso", text, 0, 0, True, False))],
     }
     whole = {
-        "format": "persona_memory", "version": 1,
+        "format": "persona_memory", "version": 2,
         "chat": {"chat_id": "a/b", "explicit": data.draw(st.booleans()), "created": 1.5, "updated": 2.5,
                  "character": "Helena", "shows_history": True, "head": tip},
         "messages": [pm.asdict(m) for m in messages], **told,

@@ -118,9 +118,32 @@ def test_where_summaries_stand_is_the_same_for_a_branch_that_another_has_gone_ov
     covered = [path[i : i + n] for path in branches for n in (1, 2, 4) for i in range(len(path) - n + 1)]
     summaries = [pm.new_summary(1, some, 0, SOUND, 400, "model") for some in covered]
     for path in (*branches, branches[0]):
-        kept = pm.shared_front(places.texts, tuple(path))
+        kept = pm.shared_front(places.texts, path)
         places.go_over(kept, path[kept:])
         assert list(map(places.of, summaries)) == list(map(pm.Places(path).of, summaries))
+
+
+@trials(max_examples=200)
+@given(st.lists(st.text("abc", max_size=12), min_size=2, max_size=4), st.lists(st.integers(0, 10**6), max_size=12))
+def test_a_summary_of_summaries_stands_where_its_texts_do(branches, choices):
+    """Whatever it is put together of, on a branch that another has gone over to, and one by one as well as at once."""
+    parts = [pm.new_summary(1, some, 0, SOUND, 400, "model") for some in ("a", "ab", "cab", "bb", branches[0] or "c")]
+    for level, choice in enumerate(choices, 2):
+        group = [("", tuple("ab"[: choice % 3])), *((p.id, p.texts) for p in (parts[choice % len(parts)], parts[-1]))]
+        texts = pm.Stretch(group[choice % 2 :])
+        if len(texts) < 100:
+            parts.append(pm.new_summary(level, texts, 0, SOUND, 400, "model"))
+    flat = [replace(part, texts=tuple(part.texts)) for part in parts]
+    assert [pm.Stretch([("", part.texts)]) for part in flat] == [part.texts for part in parts]
+    for part, plain in zip(parts, flat, strict=True):
+        assert all(part.texts[at] == plain.texts[at] for at in range(-len(plain.texts), len(plain.texts)))
+    places = pm.Places(branches[0])
+    for path in (*branches, branches[0]):
+        kept, moves = pm.shared_front(places.texts, list(path)), places.moves
+        before = list(map(places.of, parts))
+        places.go_over(kept, path[kept:])
+        assert list(map(places.of, parts)) == list(map(pm.Places(path).of, flat))
+        assert places.moves > moves or list(map(places.of, parts)) == before
 
 
 def test_a_gap_that_a_change_has_left_is_filled_whatever_its_length():
@@ -507,7 +530,7 @@ def test_one_stretch_gives_few_facts():
 def test_a_newer_fact_supersedes_the_older_and_says_so():
     """The same thing under another spelling of its name; the older one stands behind it in the same line."""
     old, new = fact("Home of Tomas", "Tomas lives in Porto.", 2), fact("home of tomas!", "Tomas lives in Faro.", 9)
-    ((held, before),) = pm.facts_of([new, old], texts(12), 12)
+    ((held, before),) = pm.facts_of([new, old], pm.Places(texts(12)), 12)
     assert (held, before) == (new, old)
     assert pm.fact_line(held, before) == "- #10 Tomas lives in Faro. (earlier, #3: Tomas lives in Porto.)"
     assert pm.fact_line(held, None) == "- #10 Tomas lives in Faro."
@@ -521,14 +544,14 @@ def test_facts_come_pinned_first_then_the_newest():
         fact("d", "gone", 4, forgotten=True),
         fact("e", "elsewhere", 40), replace(fact("f", "still shown", 5), end=10),
     ]  # fmt: skip
-    assert [f.text for f, _ in pm.facts_of(facts, texts(20), 10)] == ["pinned", "new", "old"]
+    assert [f.text for f, _ in pm.facts_of(facts, pm.Places(texts(20)), 10)] == ["pinned", "new", "old"]
 
 
 def test_what_superseded_a_fact_can_be_forgotten():
     """Then the older one holds again; a pinned one holds against newer ones."""
     old, new = fact("home", "Porto", 2), fact("home", "Faro", 9)
-    assert pm.facts_of([old, replace(new, forgotten=True)], texts(12), 12) == [(old, None)]
-    assert pm.facts_of([replace(old, pinned=True), new], texts(12), 12)[0][0].text == "Porto"
+    assert pm.facts_of([old, replace(new, forgotten=True)], pm.Places(texts(12)), 12) == [(old, None)]
+    assert pm.facts_of([replace(old, pinned=True), new], pm.Places(texts(12)), 12)[0][0].text == "Porto"
 
 
 # ---------------------------------------------------------------------------- the story in the prompt
@@ -642,8 +665,117 @@ def test_a_fact_holds_on_the_branches_that_its_message_is_on(tree):
     """And nowhere else, and not while its stretch still stands in the prompt."""
     branches, _, facts = tree
     for path in branches:
-        held = {f.id for f, _ in pm.facts_of(facts, path, len(path))}
+        held = {f.id for f, _ in pm.facts_of(facts, pm.Places(path), len(path))}
         assert held == {f.id for f in facts if f.digest in path and f.end < len(path)}
+
+
+# ---------------------------------------------------------------------------- what summaries are stored as
+
+
+def condensed(told: list[pm.Summary], level: int = 2) -> pm.Summary:
+    """A summary of those that stand one behind the other on the branch m0, m1, ..."""
+    texts = pm.stretch_of(told, lambda start, end: [f"m{i}" for i in range(start, end)])
+    return pm.new_summary(level, texts, told[0].start, SOUND, 400, "model")
+
+
+def ladder(steps: int) -> list[pm.Summary]:
+    """The summaries of a long story, four messages each, and what took in the beginning and the next one, again and
+    again."""
+    low = [summary(4 * i, 4 * i + 3) for i in range(steps + 1)]
+    line, found = low[0], [*low]
+    for level, newer in enumerate(low[1:], 2):
+        line = condensed([line, newer], level)
+        found.append(line)
+    return found
+
+
+def test_what_a_summary_shares_with_those_that_it_was_made_of_is_stored_once(tmp_path):
+    """Also where it is written before them, and where there is a gap between them; opened again it is the same."""
+    told = ladder(60)
+    gap = condensed([told[0], told[2]], 70)
+    assert list(gap.texts) == texts(12)
+    store = pm.ChatStore(tmp_path / "chat")
+    store.commit(summaries=[*reversed(told), gap])
+    rows = [json.loads(row) for row in rows_of(store, "s:").values()]
+    assert sum(isinstance(d, str) for row in rows for d in row["texts"]) == 61 * 4 + 4
+    assert store.summaries == {s.id: s for s in (*told, gap)}
+    store.close()
+    store = pm.ChatStore(tmp_path / "chat")
+    assert store.summaries == {s.id: s for s in (*told, gap)}
+    assert store.summaries[told[-1].id].texts.parts[0][1] is store.summaries[told[-2].id].texts
+    store.close()
+
+
+def test_a_chat_of_the_format_before_has_its_summaries_put_together(tmp_path):
+    """There each had all its texts: a chat of 100,000 messages took a gigabyte for them."""
+    told = [replace(s, texts=tuple(s.texts)) for s in ladder(30)]
+    store = pm.ChatStore(tmp_path / "chat")
+    store.commit(summaries=told, info={"chat_id": "long"})
+    with store._database.use() as cache:
+        cache["format"] = 2
+    before = rows_of(store, "s:")
+    store.close()
+    store = pm.ChatStore(tmp_path / "chat")
+    assert store.summaries == {s.id: s for s in told}
+    rows = rows_of(store, "s:")
+    assert rows.keys() == before.keys()
+    assert sum(isinstance(d, str) for row in rows.values() for d in json.loads(row)["texts"]) == 31 * 4
+    assert rows_of(store, "format") == {"format": pm.STORE_FORMAT}
+    store.close()
+
+
+def test_another_process_learns_of_summaries_whatever_was_changed_last(tmp_path):
+    """A part that has changed after the whole was made is read before it."""
+    told = ladder(2)
+    ours, theirs = pm.ChatStore(tmp_path / "chat"), pm.ChatStore(tmp_path / "chat")
+    ours.commit(info={"chat_id": "shared"})
+    for some in (told[:3], told[3:], [replace(told[0], text="Other words.")]):
+        ours.commit(summaries=some)
+    theirs.catch_up()
+    assert theirs.summaries == ours.summaries and theirs.summaries[told[0].id].text == "Other words."
+    ours.close()
+    theirs.close()
+
+
+def rows_of(store: pm.ChatStore, prefix: str) -> dict:
+    """The rows of a store under a prefix."""
+    with store._database.use() as cache:
+        rows = cache._sql("SELECT key, value FROM Cache WHERE key GLOB ?", (prefix + "*",)).fetchall()
+    return {key: value for key, value in rows if key != pm.NEWER_ROW}
+
+
+def test_what_covers_a_text_is_found_whatever_it_is_put_together_of():
+    """By any of its texts, or where all of them are there; a user's own summaries are not stale."""
+    told = ladder(20)
+    own = replace(told[5], source="user")
+    touched = pm.summaries_of([*told[:5], own, *told[6:]], {"m21"})
+    assert {s.id for s in touched} == {s.id for s in told if "m21" in tuple(s.texts)} - {own.id}
+    held = pm.covering_texts(told, set(texts(40)).issuperset, all)
+    assert {s.id for s in held} == {s.id for s in told if set(s.texts) <= set(texts(40))}
+
+
+def test_an_export_names_what_summaries_are_made_of(tmp_path):
+    """And is read again; of older ones, too, where each had all its texts. What covers more than the chat has is left
+    out: a file could make that endless."""
+    messages = branch(*(f"Line {n}." for n in range(12)))
+    low = [pm.new_summary(1, [m.digest for m in messages[i : i + 4]], i, SOUND, 40, "model") for i in (0, 4, 8)]
+    high = condensed(low[:2])
+    top = condensed([high, low[2]], 3)
+    copy = pm.ChatCopy(tuple(messages), messages[-1].id, {"chat_id": "x"}, (top, high, *low), ())
+    data = json.loads(json.dumps(pm.write_export(copy)))
+    assert data["summaries"][-1]["texts"] == [{"summary": high.id}, {"summary": low[2].id}]
+    assert set(pm.read_export(data).summaries) == {top, high, *low}
+    old = [{**row, "texts": list(s.texts)} for row, s in zip(data["summaries"], (*low, high, top), strict=True)]
+    assert set(pm.read_export({**data, "version": 1, "summaries": old}).summaries) == {top, high, *low}
+    endless, name = [], low[0].id
+    for level in range(2, 80):
+        endless.append({**data["summaries"][3], "id": f"s{level}", "level": level, "texts": 2 * [{"summary": name}]})
+        name = f"s{level}"
+    read = pm.read_export({**data, "summaries": [*data["summaries"], *endless]}).summaries
+    assert {s.id for s in read} == {s.id for s in (top, high, *low)} | {"s2"}
+    for odd in ([{"summary": "nowhere"}], [5], [{}], [], [{"summary": []}], [None, "m"], [{"summary": high.id}]):
+        with pytest.raises(pm.InvalidRequest, match="texts"):
+            pm.read_export({**data, "summaries": [{**data["summaries"][0], "texts": odd}, *data["summaries"][1:]]})
 
 
 # ---------------------------------------------------------------------------- an upstream that writes summaries
