@@ -97,6 +97,7 @@ import argparse
 import atexit
 import base64
 import binascii
+import bisect
 import codecs
 import contextlib
 import ctypes
@@ -9358,7 +9359,8 @@ class Places:
         # a branch changes, only what ends there comes to stand elsewhere.
         self._starts: dict[int, tuple[Sequence[str], list[int]]] = {}
         self._ending: dict[str, list[int]] = {}
-        self._found: dict[str, tuple[Summary, list[int], list[Summary]]] = {}  # by id
+        # What `standing` has found, when, and of which summaries by their ids.
+        self._standing: tuple[list[Summary], int, dict[str, Summary]] = [], 0, {}
 
     def go_over(self, kept: int, more: Sequence[str]) -> None:
         """Becomes that of a branch which shares its first `kept` texts with this one, and goes on with `more`: the next
@@ -9395,7 +9397,7 @@ class Places:
 
     def _starts_of(self, texts: Sequence[str]) -> list[int]:
         """The indexes at which texts begin to stand side by side; of a `Stretch` by where its parts do."""
-        waiting = [texts]
+        waiting = [] if id(texts) in self._starts else [texts]
         while waiting:
             some = waiting[-1]
             parts = [part for _, part in some.parts] if isinstance(some, Stretch) else ()
@@ -9424,20 +9426,31 @@ class Places:
 
     def of(self, summary: Summary) -> list[Summary]:
         """A summary with its places on the branch, once for each time that it stands there."""
-        starts = self._starts_of(summary.texts)
-        known, there, found = self._found.get(summary.id, (None, starts, []))
-        if known is not summary or there is not starts:
-            free, found = 0, []
-            for start in starts:
-                if start >= free:
-                    found.append(at_place(summary, start))
-                    free = start + len(summary.texts)
-            self._found[summary.id] = summary, starts, found
+        free, found = 0, []
+        for start in self._starts_of(summary.texts):
+            if start >= free:
+                found.append(at_place(summary, start))
+                free = start + len(summary.texts)
         return found
 
     def placed(self, summaries: Iterable[Summary]) -> list[Summary]:
         """Those of the summaries that stand on the branch, each with its places there."""
         return [at for summary in summaries for at in self.of(summary)]
+
+    def standing(self, stored: Mapping[str, Summary]) -> list[Summary]:
+        """All of a chat's summaries, by id, that stand on the branch, in the order of `told_order`; those that have not
+        changed since it was last asked are not looked up again."""
+        found, moves, known = self._standing
+        if moves != self.moves or not known.keys() <= stored.keys():
+            found, known = [], {}
+        if changed := [summary for key, summary in stored.items() if known.get(key) is not summary]:
+            ids = {summary.id for summary in changed}
+            found = [summary for summary in found if summary.id not in ids]
+            for summary in self.placed(changed):
+                bisect.insort(found, summary, key=told_order)
+            known.update((summary.id, summary) for summary in changed)
+        self._standing = found, self.moves, known
+        return found
 
     def story(self, summaries: Iterable[Summary]) -> list[Summary]:
         """The story of the branch, see `told_story`."""
@@ -9453,12 +9466,22 @@ def at_place(summary: Summary, start: int) -> Summary:
     return replace(moved, tokens=line_tokens(moved))
 
 
+def told_order(summary: Summary) -> tuple[int, int, int]:
+    """By place; what tells more of a place first, and what was tried more often."""
+    return summary.start, -summary.level, -summary.tries
+
+
 def told_story(standing: Iterable[Summary]) -> list[Summary]:
     """The story of a branch, oldest first: the summaries that stand on it, but those that a higher level has taken
     in."""
+    return told_of(sorted(standing, key=told_order))
+
+
+def told_of(standing: Iterable[Summary]) -> list[Summary]:
+    """The same of summaries in the order of `told_order`."""
     story, reach = [], -1
-    for summary in sorted((s for s in standing if not s.stale), key=lambda s: (s.start, -s.level, -s.tries)):
-        if summary.end > reach:
+    for summary in standing:
+        if summary.end > reach and not summary.stale:
             story.append(summary)
             reach = summary.end
     return story
@@ -15286,8 +15309,12 @@ def kept_of_story(chat: Chat, path: Branch, name: Hashable, make: Callable[[], A
 
 def told_on(chat: Chat, path: Branch) -> list[Summary]:
     """The story of a branch, see `told_story`; hold the chat's lock."""
-    every = chat.store.summaries
-    return kept_of_story(chat, path, "story", lambda: places_on(chat, path).story(every.values()))
+    return kept_of_story(chat, path, "story", lambda: told_of(standing_on(chat, path)))
+
+
+def standing_on(chat: Chat, path: Branch) -> list[Summary]:
+    """The chat's summaries that stand on a branch, in the order of `told_order`; hold the chat's lock."""
+    return places_on(chat, path).standing(chat.store.summaries)
 
 
 def branch_facts(chat: Chat, path: Sequence[str], before: float) -> list[tuple[Fact, Fact | None]]:
@@ -15320,9 +15347,8 @@ def branch_story(chat: Chat, path: Sequence[str], before: int, budget: int) -> S
 
     def made() -> Story:
         """That story."""
-        standing = places_on(chat, path).placed(chat.store.summaries.values())
-        hidden = [s for s in standing if s.since < before]
-        return render_story(told_story(hidden), branch_facts(chat, path, before), budget, words)
+        hidden = (s for s in standing_on(chat, path) if s.since < before)
+        return render_story(told_of(hidden), branch_facts(chat, path, before), budget, words)
 
     return kept_of_story(chat, path, (before, budget, words), made) if budget > 0 else Story()
 
@@ -15528,8 +15554,8 @@ class Summarizer:
             return None
         with chat.lock:
             path, story = self._story(chat, plan)
-            every, places = list(chat.store.summaries.values()), places_on(chat, path)
-            return kept_of_story(chat, path, "to improve", lambda: extract_to_improve(story, every, places))
+            find = functools.partial(extract_to_improve, story, standing_on(chat, path))
+            return kept_of_story(chat, path, "to improve", find)
 
     def _improve(self, chat: Chat, plan: SummaryPlan, authorization: str) -> float | None:
         """Has the model write one extract anew; returns the seconds after which to go on, None to end it for now.
@@ -15547,7 +15573,7 @@ class Summarizer:
             start, _ = next_gap(story, plan.first)
             marks = dict(chat.store.marks)
             messages = chat.store.read(path[old.start : old.end + 1]) if old.level == 1 else []
-            parts = taken_in(old, by_stretch(chat.store.summaries.values(), places_on(chat, path)))
+            parts = taken_in(old, by_stretch(standing_on(chat, path)))
         failed = self.failure
         if messages:
             fresh, _ = self._from_messages(chat, messages, old.start, plan, ask)
@@ -15785,28 +15811,27 @@ def marked_since(chat: Chat, marks: Mapping[str, Mapping[str, Mark]]) -> set[str
     return {digest for digest in marks.keys() | now.keys() if marks.get(digest) != now.get(digest)}
 
 
-def extract_to_improve(story: Sequence[Summary], stored: Sequence[Summary], places: Places) -> Summary | None:
+def extract_to_improve(story: Sequence[Summary], standing: Iterable[Summary]) -> Summary | None:
     """The first extract among summaries, and among those that they were made from, which go first: of the story's
-    oldest line, the part that tells most."""
-    standing = by_stretch(stored, places)
-    newest = (s for some in standing.values() for s in {s.level: s for s in some}.values())
+    oldest line, the part that tells most. `standing` are all that stand on the branch."""
+    parts = by_stretch(standing)
+    newest = (s for some in parts.values() for s in {s.level: s for s in some}.values())
     poor = [s for s in newest if s.source == "extract" and s.tries < MOST_TRIES]
     waiting, opened = [*reversed(story)], set()
     while waiting:  # no recursion: the story's beginning is made of its beginning, and so on
         summary = waiting[-1]
         if summary.id not in opened and any(lies_within(s, summary) for s in poor):
             opened.add(summary.id)
-            waiting += sorted(taken_in(summary, standing), key=lambda s: importance_alone(s.text, 0.0))
+            waiting += sorted(taken_in(summary, parts), key=lambda s: importance_alone(s.text, 0.0))
         elif waiting.pop().source == "extract" and summary.tries < MOST_TRIES:
             return summary
     return None
 
 
-def by_stretch(stored: Iterable[Summary], places: Places) -> dict[tuple[int, int], list[Summary]]:
-    """The summaries that stand on a branch by their first and last places there, those that were tried most often
-    last."""
+def by_stretch(standing: Iterable[Summary]) -> dict[tuple[int, int], list[Summary]]:
+    """Summaries by their first and last places, those that were tried most often last."""
     found: defaultdict[tuple[int, int], list[Summary]] = defaultdict(list)
-    for summary in sorted(places.placed(stored), key=lambda s: s.tries):
+    for summary in sorted(standing, key=lambda s: s.tries):
         found[summary.start, summary.end].append(summary)
     return found
 
@@ -15816,12 +15841,13 @@ def lies_within(summary: Summary, whole: Summary) -> bool:
     return summary.level < whole.level and whole.start <= summary.start and summary.end <= whole.end
 
 
-def taken_in(summary: Summary, standing: Mapping[tuple[int, int], Sequence[Summary]]) -> list[Summary]:
-    """The summaries that a summary of a higher level was made from, oldest first; `standing` as of `by_stretch`."""
+def taken_in(summary: Summary, known: Mapping[tuple[int, int], Sequence[Summary]]) -> list[Summary]:
+    """The summaries that a summary of a higher level was made from, oldest first; `known` as `by_stretch` gives
+    them."""
     ends = itertools.accumulate((len(part) for _, part in stretch_parts(summary.texts)), initial=summary.start)
-    stretches = [standing.get((start, end - 1), ()) for start, end in itertools.pairwise(ends)]
+    stretches = [known.get((start, end - 1), ()) for start, end in itertools.pairwise(ends)]
     if not isinstance(summary.texts, Stretch):
-        stretches = list(standing.values())
+        stretches = list(known.values())
     return told_story(s for some in stretches for s in some if lies_within(s, summary))
 
 

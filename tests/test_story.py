@@ -90,13 +90,13 @@ def test_the_oldest_line_is_improved_first_and_in_it_what_tells_most():
     line, newer = replace(summary(0, 15, 2), source="extract"), replace(summary(16, 19), source="extract")
     branch, order = pm.Places(texts(20)), []
     stored = {s.id: s for s in (*parts, line, newer)}
-    while found := pm.extract_to_improve([line, newer], list(stored.values()), branch):
+    while found := pm.extract_to_improve([line, newer], branch.standing(stored)):
         order.append(found)
         stored[found.id] = replace(found, source="model")
         line, newer = stored[line.id], stored[newer.id]
     assert order[0].text == told[1]
     assert {s.id for s in order[:4]} == {s.id for s in parts} and [s.id for s in order[4:]] == [line.id, newer.id]
-    assert pm.extract_to_improve([replace(parts[0], tries=pm.MOST_TRIES)], [], branch) is None
+    assert pm.extract_to_improve([replace(parts[0], tries=pm.MOST_TRIES)], []) is None
 
 
 def test_a_summary_moves_with_what_it_covers():
@@ -144,6 +144,8 @@ def test_a_summary_of_summaries_stands_where_its_texts_do(branches, choices):
         places.go_over(kept, path[kept:])
         assert list(map(places.of, parts)) == list(map(pm.Places(path).of, flat))
         assert places.moves > moves or list(map(places.of, parts)) == before
+        stored = {s.id: s for s in (*parts, replace(parts[-1], text=path))}
+        assert places.standing(stored) == sorted(places.placed(stored.values()), key=pm.told_order)
 
 
 def test_a_gap_that_a_change_has_left_is_filled_whatever_its_length():
