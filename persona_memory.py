@@ -197,10 +197,10 @@ GEMINI_ENDPOINT_VARIABLE = "GOOGLE_GEMINI_BASE_URL"  # as Google's own tools rea
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
-def setting(default: Any, help_text: str, shown: str = "", secret: bool = False) -> Any:
+def setting(default: Any, helpertext: str, shown: str = "", secret: bool = False) -> Any:
     """A field of `Settings`: its default, its help text, how the help and the README display the default, and whether
     the value is a key, which is never displayed."""
-    return field(default=default, metadata={"help": help_text, "shown": shown or str(default), "secret": secret})
+    return field(default=default, metadata={"help": helpertext, "shown": shown or str(default), "secret": secret})
 
 
 @dataclass(frozen=True)
@@ -2061,7 +2061,7 @@ LEXICON = {
         """,
     "fear": """
         3 terrified terrify terror horror panic dread afraid scared scary scare frighten fear nightmare hands..shake
-          help_me out_there panic_attack horrify
+          helperme out_there panic_attack horrify
         2 anxious anxiety nervous worry worried creepy danger dangerous threat tremble run_away hide trapped desperate
           clutch what_if don't_go oh_no shadow monster ghost demon paranoid freak..out did_you_hear cautious concerned
           alarm freeze frozen beg please_don't behind_me behind_you no_no_no in_the_dark worry_about
@@ -7028,6 +7028,7 @@ class Column:
         return self._room.nbytes
 
 
+SCANNED_AT_ONCE = 16_384  # vectors; a quarter of a millisecond
 NOISE_SAMPLE = 256
 # Shares of a chat's words that an embedder has whole at which its cosines count least and fully (see `trust`), as if so
 # many more words were whole. By LEAST_TRUST, German, Spanish and French questions find 5 to 7 points more within the
@@ -7121,6 +7122,34 @@ class Evidence:
         return shares / np.float32(max(float(self.rarity.sum()), 1e-6))
 
 
+@functools.cache
+def scanner() -> ThreadPoolExecutor:
+    """The thread that helps with long scans, on the core that no turn is bound to."""
+    return ThreadPoolExecutor(1, thread_name_prefix="scanner", initializer=run_on, initargs=(two_cores()[1:],))
+
+
+def dot_products(asked: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Products of a vector, int8 [1, dimensions], and others, int8 [n, dimensions]: float32 [n].
+
+    FAISS's search would sort them, and all are wanted. Long tables, which take as long as the memory needs to be read,
+    are scanned by two threads, from the beginning and from the end.
+    """
+    found, left = np.empty(len(codes), np.float32), deque(range(0, len(codes), SCANNED_AT_ONCE))
+
+    def scan(take: Callable[[], int]) -> None:
+        """Takes stretches as long as there are any."""
+        with contextlib.suppress(IndexError):
+            while True:
+                some = slice(start := take(), start + SCANNED_AT_ONCE)
+                found[some] = np.asarray(simsimd.cdist(asked, codes[some], "dot", out_dtype="f32"))[0]
+
+    helper = scanner().submit(scan, left.pop) if len(left) > 1 and (os.cpu_count() or 1) > 1 else None
+    scan(left.popleft)
+    if helper and not helper.cancel():
+        helper.result()
+    return found
+
+
 class VectorTable:
     """Unit vectors with the rows they belong to; a row may have several.
 
@@ -7169,9 +7198,7 @@ class VectorTable:
         if query is not None and self.count and len(query) == self.size:
             scale = max(float(np.abs(query).max()), 1e-9) / 127
             asked = np.rint(query / scale).astype(np.int8)[None]
-            # FAISS's search would sort all messages, and every one's score is wanted.
-            products = simsimd.cdist(asked, self._codes.values, "dot", out_dtype="f32")
-            cosines = np.asarray(products)[0] * (self._scales.values * np.float32(scale))
+            cosines = dot_products(asked, self._codes.values) * (self._scales.values * np.float32(scale))
             np.maximum.at(best, self._rows.values, cosines)
         return best
 

@@ -746,6 +746,36 @@ def rows_of(store: pm.ChatStore, prefix: str) -> dict:
     return {key: value for key, value in rows if key != pm.NEWER_ROW}
 
 
+def test_a_story_is_made_anew_only_where_something_in_it_has_changed(tmp_path):
+    """A message more changes nothing in it; other words, a mark, a note, or another branch do."""
+    with contextlib.closing(pm.Chat(tmp_path / "chat")) as chat:
+        messages = branch(*(f"Line {n}." for n in range(12)))
+        told = [pm.new_summary(1, [m.digest for m in messages[i : i + 4]], i, SOUND, 40, "model") for i in (0, 4)]
+        chat.store.commit(messages, {"chat_id": "x"}, summaries=told)
+
+        def story(tip: str) -> pm.Story:
+            with chat.lock:
+                return pm.branch_story(chat, chat.path(tip), 8, 500)
+
+        first = story(messages[-1].id)
+        assert first.summaries == tuple(told)
+        more = message("And one more.", messages[-1].id)
+        chat.store.commit([more])
+        assert story(more.id) is first
+        chat.store.commit(summaries=[replace(told[0], text="Other words.")])
+        assert "Other words." in story(more.id).text
+        chat.store.commit(marked=[replace(messages[2], pinned=True)])
+        assert "Line 2." in story(more.id).text
+        chat.store.commit(facts=[pm.Fact("n", "", "A note.", "", "", -1, -1, pinned=True)])
+        assert "A note." in story(more.id).text
+        chat.store.commit(marked=[replace(messages[5], content="Reworded.", shown=messages[5].content)])
+        assert [s.start for s in story(more.id).summaries] == [0], "what has been reworded is told anew later"
+        other = message("Elsewhere.", messages[2].id, "assistant")
+        chat.store.commit([other])
+        assert story(other.id).summaries == () and "Line 2." in story(other.id).text
+        assert story(more.id).summaries and story(messages[1].id).text.count("Line 2.") == 0
+
+
 def test_what_covers_a_text_is_found_whatever_it_is_put_together_of():
     """By any of its texts, or where all of them are there; a user's own summaries are not stale."""
     told = ladder(20)
