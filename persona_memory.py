@@ -4015,15 +4015,15 @@ class TracedModel:
         traced, layers = [model], []  # emptied below: torch keeps the function, and would keep the model
 
         def unit(*tensors: Any) -> Any:
-            """The vectors of padded token ids; behind these the packed weights, which no program can hold."""
-            for layer, packed in zip(layers, tensors[len(names) :], strict=True):
-                layer.packed = packed
+            """The vectors of padded token ids; behind these the weights, since no program can hold such."""
+            for layer, weight in zip(layers, tensors[len(names) :], strict=True):
+                layer.blocked = weight
             made = traced[0](dict(zip(names, tensors, strict=False)))["sentence_embedding"]
             return torch.nn.functional.normalize(made.float(), dim=1)
 
-        with warnings.catch_warnings(), torch.no_grad(), packed_linear_layers(model) as packed:
-            layers += packed
-            self._packed = [layer.packed for layer in layers]
+        with warnings.catch_warnings(), torch.no_grad(), blocked_linear_layers(model) as linear:
+            layers += linear
+            self._blocked = [layer.blocked for layer in layers]
             warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
             self._program = torch.jit.trace(unit, self._inputs(SAMPLES[-1:]), check_trace=False)
         traced.clear()
@@ -4037,7 +4037,7 @@ class TracedModel:
         import torch
 
         read = self._tokenizer.encode_batch(list(texts)) if len(texts) > 1 else [self._tokenizer.encode(texts[0])]
-        return (*(torch.tensor([getattr(one, row) for one in read]) for row in self._rows), *self._packed)
+        return (*(torch.tensor([getattr(one, row) for one in read]) for row in self._rows), *self._blocked)
 
     def encode(self, texts: Sequence[str], **_: Any) -> np.ndarray:
         """Unit vectors of texts, float32 [texts, dimensions]."""
@@ -4064,16 +4064,16 @@ class TracedModel:
 
 
 # In TorchScript: the tracer cannot write the empty list down.
-PACKED_LINEAR = """
+BLOCKED_LINEAR = """
 def linear(given: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(given.to(torch.bfloat16), weight, bias, "none", [], "").float()
 """
-PACKED_FOR = 16  # tokens, as a turn's query has; others lose nothing by that
+BLOCKED_FOR = 16  # tokens, as a turn's query has; others lose nothing by that
 
 
 @contextlib.contextmanager
-def packed_linear_layers(model: Any) -> Iterator[list]:
-    """Within the block, a model's linear layers in bfloat16 work with their weights in `packed`, as oneDNN lays them
+def blocked_linear_layers(model: Any) -> Iterator[list]:
+    """Within the block, a model's linear layers in bfloat16 work with their weights in `blocked`, as oneDNN lays them
     out for its kernels; none where torch cannot.
 
     Else it lays them out anew at every call, which takes a third of a short text's time. Torch's own compiler does the
@@ -4083,19 +4083,19 @@ def packed_linear_layers(model: Any) -> Iterator[list]:
 
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype is torch.bfloat16]
     try:
-        packed = [torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), PACKED_FOR) for m in layers]
-        linear = script_function(PACKED_LINEAR, "linear")
+        weights = [torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), BLOCKED_FOR) for m in layers]
+        linear = script_function(BLOCKED_LINEAR, "linear")
     except (AttributeError, RuntimeError):  # torch was built without oneDNN, or is of another version
-        layers = packed = []
+        layers = weights = []
     forwards = [layer.forward for layer in layers]
-    for layer, weight in zip(layers, packed, strict=True):
-        layer.packed, layer.forward = weight, functools.partial(packed_linear, layer, linear)
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.blocked, layer.forward = weight, functools.partial(blocked_linear, layer, linear)
     try:
         yield layers
     finally:
         for layer, forward in zip(layers, forwards, strict=True):
             layer.forward = forward
-            del layer.packed
+            del layer.blocked
 
 
 @functools.cache
@@ -4106,9 +4106,9 @@ def script_function(source: str, name: str) -> Callable:
     return getattr(torch.jit.CompilationUnit(source), name)
 
 
-def packed_linear(layer: Any, linear: Callable, given: Any) -> Any:
-    """What `linear_in_bfloat16` gives, with the layer's packed weights."""
-    return linear(given, layer.packed, layer.bias)
+def blocked_linear(layer: Any, linear: Callable, given: Any) -> Any:
+    """What `linear_in_bfloat16` gives, with the layer's blocked weights."""
+    return linear(given, layer.blocked, layer.bias)
 
 
 def linear_in_bfloat16(layer: Any, given: Any) -> Any:
@@ -5899,42 +5899,32 @@ class ChatStore:
         """
         with cache.transact():
             if cache.get("format", 1) == 1:
-                self._upgrade_first(cache)
-            rows = stored_rows(cache, "s:")
-            rows.pop(NEWER_ROW, None)
-            known: set[str] = set()
-            beginning: defaultdict[str, list[Summary]] = defaultdict(list)
-            for key, row in sorted(rows.items(), key=lambda item: item[1]["level"]):
-                summary = Summary(**row | {"texts": in_parts(row["texts"], beginning)})
-                cache[key] = json.dumps(summary_rows([summary], known)[key])
-                beginning[summary.texts[0]].append(summary)
-                known.add(summary.id)
+                moved = self._take_thoughts_out(cache)
+                marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
+                marks = changed_marks({}, marked, (), time.time())
+                for digest, some in marks.items():
+                    cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
+                own, reworded = {m.id: m for m in marked}, set()
+                for message in self._with_marks(cache, (), marks):
+                    if message != own.get(message.id):  # the same words elsewhere had no mark, or another one
+                        row = asdict(message) | {"order": self.tree.nodes[message.id].order}
+                        cache[f"m:{message.id}"] = json.dumps(row)
+                        self._remember(row)
+                        reworded.add(message.digest)
+                for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
+                    row = upgraded_row(
+                        row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree
+                    )
+                    if row is None:  # its branch is not there
+                        cache.delete(key)
+                        continue
+                    if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
+                        row["stale"] = True
+                    cache[key] = json.dumps(row)
+            share_texts(cache)
             self._generation += 1  # without a list of changes: other processes read the chat anew
             cache["generation"] = self._generation
             note_format(cache)
-
-    def _upgrade_first(self, cache: diskcache.Cache) -> None:
-        """Makes the rows of format 1 those of format 2."""
-        moved = self._take_thoughts_out(cache)
-        marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
-        marks = changed_marks({}, marked, (), time.time())
-        for digest, some in marks.items():
-            cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
-        own, reworded = {m.id: m for m in marked}, set()
-        for message in self._with_marks(cache, (), marks):
-            if message != own.get(message.id):  # the same words elsewhere had no mark, or another one
-                row = asdict(message) | {"order": self.tree.nodes[message.id].order}
-                cache[f"m:{message.id}"] = json.dumps(row)
-                self._remember(row)
-                reworded.add(message.digest)
-        for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-            row = upgraded_row(row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree)
-            if row is None:  # its branch is not there
-                cache.delete(key)
-                continue
-            if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
-                row["stale"] = True
-            cache[key] = json.dumps(row)
 
     def _take_thoughts_out(self, cache: diskcache.Cache) -> dict[str, str]:
         """Leaves nothing but the words in the replies; returns the ids that messages have then, by those before."""
@@ -6497,6 +6487,18 @@ def texts_of_row(row: Sequence, summaries: Mapping[str, Summary]) -> Sequence[st
     return Stretch(parts)
 
 
+def share_texts(cache: diskcache.Cache) -> None:
+    """Rewrites the rows of summaries that have all digests of their texts: what was made of others names these."""
+    known: set[str] = set()
+    beginning: defaultdict[str, list[Summary]] = defaultdict(list)
+    rows = ((key, row) for key, row in stored_rows(cache, "s:").items() if key != NEWER_ROW)
+    for key, row in sorted(rows, key=lambda item: item[1]["level"]):
+        summary = Summary(**row | {"texts": in_parts(row["texts"], beginning)})
+        cache[key] = json.dumps(summary_rows([summary], known)[key])
+        beginning[summary.texts[0]].append(summary)
+        known.add(summary.id)
+
+
 def in_parts(texts: Sequence[str], beginning: Mapping[str, Sequence[Summary]]) -> Sequence[str]:
     """The texts as a `Stretch` of those of summaries, the longest that stand there, where any do; `beginning` gives
     those that begin with a text."""
@@ -7043,6 +7045,7 @@ LEXICAL_FLOOR = 8.0  # BM25 score that counts as a full match; a lower best one 
 SHORT_CHAT = 1.35  # the same as a multiple of the idf of a word that stands in one message
 
 
+@functools.lru_cache(64)  # a turn asks seven times
 def step_below(count: int) -> int:
     """The largest number of a series that grows by a quarter, but no larger than `count`."""
     step = following = 0
