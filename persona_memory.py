@@ -4012,22 +4012,11 @@ class TracedModel:
         model.requires_grad_(False)
         samples = (SAMPLES, *([text] for text in SAMPLES))
         own = [unit_vectors(model, some, some) for some in samples]
-        traced, layers = [model], []  # emptied below: torch keeps the function, and would keep the model
-
-        def unit(*tensors: Any) -> Any:
-            """The vectors of padded token ids; behind these the weights, since no program can hold such."""
-            for layer, weight in zip(layers, tensors[len(names) :], strict=True):
-                layer.blocked = weight
-            made = traced[0](dict(zip(names, tensors, strict=False)))["sentence_embedding"]
-            return torch.nn.functional.normalize(made.float(), dim=1)
-
-        with warnings.catch_warnings(), torch.no_grad(), blocked_linear_layers(model) as linear:
-            layers += linear
-            self._blocked = [layer.blocked for layer in layers]
+        with warnings.catch_warnings(), torch.no_grad(), blocked_linear_layers(model) as layers:
             warnings.simplefilter("ignore")  # of what might differ for other inputs: those are compared below
+            unit = unit_module(model, names, layers)
             self._program = torch.jit.trace(unit, self._inputs(SAMPLES[-1:]), check_trace=False)
-        traced.clear()
-        layers.clear()
+            unit.outside.clear()  # torch keeps what was traced, and would keep the model and its tokenizer
         for some, vectors in zip(samples, own, strict=True):
             made = unit_vectors(self, some, some)
             if made.shape != vectors.shape or not np.allclose(made, vectors, atol=SAME_VALUES):
@@ -4037,7 +4026,7 @@ class TracedModel:
         import torch
 
         read = self._tokenizer.encode_batch(list(texts)) if len(texts) > 1 else [self._tokenizer.encode(texts[0])]
-        return (*(torch.tensor([getattr(one, row) for one in read]) for row in self._rows), *self._blocked)
+        return tuple(torch.tensor([getattr(one, row) for one in read]) for row in self._rows)
 
     def encode(self, texts: Sequence[str], **_: Any) -> np.ndarray:
         """Unit vectors of texts, float32 [texts, dimensions]."""
@@ -4061,6 +4050,34 @@ class TracedModel:
     def children(self) -> list:
         """No modules: `unit_vectors` looks there for what sentence-transformers routes queries through."""
         return []
+
+
+def unit_module(model: Any, names: Sequence[str], layers: Sequence[Any]) -> Any:
+    """A module (torch.nn.Module) that makes a model's unit vectors of padded token ids, its inputs by their `names`.
+
+    The blocked weights of its `layers` are buffers: no program can hold them as constants, and where they came from
+    Python with each call, torch would wait for the interpreter whenever a layer is done with its own.
+    """
+    import torch
+
+    class Unit(torch.nn.Module):
+        """That module."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outside = [model, layers]  # in a list, so that they are no part of it
+            for i, layer in enumerate(layers):
+                self.register_buffer(f"blocked_{i}", layer.blocked)
+
+        def forward(self, *tensors: Any) -> Any:
+            """The vectors, [texts, dimensions]."""
+            model, layers = self.outside
+            for i, layer in enumerate(layers):
+                layer.blocked = getattr(self, f"blocked_{i}")
+            made = model(dict(zip(names, tensors, strict=True)))["sentence_embedding"]
+            return torch.nn.functional.normalize(made.float(), dim=1)
+
+    return Unit()
 
 
 # In TorchScript: the tracer cannot write the empty list down.
@@ -13832,7 +13849,8 @@ class Vectors:
         queries = [query.spoken] if query else []
         own = {k: t for k, t in firsts.items() if newest and k == newest.fingerprint}
         others = {k: t for k, t in firsts.items() if k not in own}
-        parts = [own, others, {}] if not query or read_together(own.values(), query.spoken) else [{}, others, own]
+        # The newest message's own vector is waited for last, unless it is the query's.
+        parts = [own, others, {}] if not query or query.spoken in own.values() else [{}, others, own]
         ask = functools.partial(self.embedder.ask, timeout=deadline.left)
         futures = [ask(each_once(p), queries=() if i else queries) if p or not i else None for i, p in enumerate(parts)]
         return AskedVectors(chat, missing, parts, whole, futures, deadline)
@@ -13974,12 +13992,6 @@ class Vectors:
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         self.embedder.close()
-
-
-def read_together(own: Collection[str], query: str) -> bool:
-    """Whether an embedder had best read a turn's query with the newest message's own text: that is the same, or both
-    are so short that reading two takes little longer than one."""
-    return query in own or sum(map(len, (*own, query))) <= SLICE_BYTES[0]
 
 
 def each_once(texts: Mapping[str, str]) -> list[str]:
@@ -15061,8 +15073,9 @@ class Recaller:
             own = list(embedded_texts(message_of_turn(ROOT, turn)).values())[:1]
             own = own if chat.index.without_vector([turn.fingerprint]) else []
             asked = [asked_by(request, chat.index).spoken] if chat.recalls else []
-            together = not asked or read_together(own, *asked)
-            self._vectors.embedder.foresee(own if together else [], asked, deadline.left)
+            together = not asked or asked == own
+            for texts, queries in [(own, asked)] if together else [([], asked), (own, [])]:
+                self._vectors.embedder.foresee(texts, queries, deadline.left)
 
     def _query(self, turn: TurnContext) -> tuple[Query, TurnContext]:
         """What the turn asks of the past; and the turn, with more time by what its chat took to be opened: that was
