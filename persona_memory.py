@@ -7048,6 +7048,7 @@ class Column:
 
 
 SCANNED_AT_ONCE = 16_384  # vectors; a quarter of a millisecond
+WORTH_HELP = 4  # such stretches: to wake a thread takes a tenth of a millisecond
 NOISE_SAMPLE = 256
 # Shares of a chat's words that an embedder has whole at which its cosines count least and fully (see `trust`), as if so
 # many more words were whole. By LEAST_TRUST, German, Spanish and French questions find 5 to 7 points more within the
@@ -7082,15 +7083,26 @@ def idf(texts: int, holding: int) -> float:
     return max(0.01, math.log((max(texts, holding) - holding + 0.5) / (holding + 0.5)))
 
 
-# How many texts hold a word, one more than `most` at most; behind it, where they are no more, which, and the word's
-# score in each. What SQLite gives in one row costs one wait for other threads; row by row, each row costs one, and each
-# query. The inner limit keeps the scores in a query of their own, where FTS5 knows them.
-WORD_SCORES = """(SELECT held || coalesce(CASE WHEN held <= :most THEN (
-                      SELECT ';' || group_concat(rowid) || ';' || group_concat(score) FROM (
-                          SELECT rowid, -bm25(texts) AS score FROM texts WHERE texts MATCH :{word} LIMIT :most))
-                      END, '')
-                  FROM (SELECT count(*) AS held FROM (
-                      SELECT 1 FROM texts WHERE texts MATCH :{word} LIMIT :most + 1) LIMIT 1))"""
+BM25_K1, BM25_B, LEAST_IDF = 1.2, 0.75, 1e-6  # as SQLite's bm25() has them (FTS5, section 5.1.1)
+TABLES = (
+    "CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')",
+    "CREATE VIRTUAL TABLE terms USING fts5vocab(texts, 'instance')",
+    "CREATE VIRTUAL TABLE asked USING fts5(content, tokenize='porter unicode61')",
+    "CREATE VIRTUAL TABLE asked_terms USING fts5vocab(asked, 'instance')",
+)
+# The texts that hold a term, each as often as it does. What SQLite gives in one row costs one wait for other threads;
+# row by row, each row costs one, and each query.
+HOLDING = "(SELECT coalesce(group_concat(doc), '') FROM (SELECT doc FROM terms WHERE term = ? LIMIT {most}))"
+
+
+def first_varint(raw: bytes) -> int:
+    """The number that bytes begin with, as SQLite writes it (its file format, 1.6): seven bits a byte."""
+    value = 0
+    for byte in raw:
+        value = value << 7 | byte & 0x7F
+        if byte < 0x80:
+            break
+    return value
 
 
 @dataclass
@@ -7163,7 +7175,7 @@ def dot_products(asked: np.ndarray, codes: np.ndarray) -> np.ndarray:
                 some = slice(start := take(), start + SCANNED_AT_ONCE)
                 found[some] = np.asarray(simsimd.cdist(asked, codes[some], "dot", out_dtype="f32"))[0]
 
-    helper = scanner().submit(scan, left.pop) if len(left) > 1 and (os.cpu_count() or 1) > 1 else None
+    helper = scanner().submit(scan, left.pop) if len(left) >= WORTH_HELP and (os.cpu_count() or 1) > 1 else None
     scan(left.popleft)
     if helper and not helper.cancel():
         helper.result()
@@ -7299,7 +7311,10 @@ class MemoryIndex:
 
     def _clear(self) -> None:
         self._words = sqlite3.connect(":memory:", check_same_thread=False)
-        self._words.execute("CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')")
+        for table in TABLES:
+            self._words.execute(table)
+        self._lengths = Column(np.float64)  # by row number, in terms
+        self._terms = 0.0  # of all texts on the branch
         self._word_bytes = 0  # of the lexical table
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
@@ -7382,7 +7397,9 @@ class MemoryIndex:
         """Takes texts off the lexical table that stand on the branch no longer."""
         self._uses.subtract(gone)
         left = [h for h in dict.fromkeys(gone) if self._uses[h] <= 0]
-        self._words.executemany("DELETE FROM texts WHERE rowid = ?", [(self._rows[h],) for h in left])
+        rows = [self._rows[h] for h in left]
+        self._words.executemany("DELETE FROM texts WHERE rowid = ?", zip(rows))
+        self._terms -= self._lengths.values[rows].sum()
         for text_hash in left:
             del self._uses[text_hash]
             self._unembedded.pop(text_hash, None)
@@ -7396,6 +7413,12 @@ class MemoryIndex:
         come = dict(zip(hashes, segment.lexical, strict=True))
         rows = [(self._rows[h], text) for h, text in come.items() if h not in self._uses]
         self._words.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
+        self._lengths.extend(np.zeros(len(self._rows) - len(self._lengths.values)))
+        places = [row for row, _ in rows]
+        sizes = "SELECT id, sz FROM texts_docsize WHERE id BETWEEN ? AND ?"
+        for row, size in self._words.execute(sizes, (min(places), max(places))) if places else ():
+            self._lengths.values[row] = first_varint(size)
+        self._terms += self._lengths.values[places].sum()
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
         self._unembedded.update(dict.fromkeys(h for h in come if h not in self._embedded))
         self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
@@ -7573,15 +7596,11 @@ class MemoryIndex:
             rarity, weights = np.zeros(len(words), np.float32), np.ones(len(words), np.float32)
             texts = len(self._uses)
             most = min(max(COMMON_FLOOR, texts // COMMON_SHARE), COMMON_ANYWHERE)
-            sql = ", ".join(WORD_SCORES.format(word=f"word{i}") for i in range(len(words)))
-            values = {f"word{i}": f'"{word}"' for i, word in enumerate(words)} | {"most": most}
-            for i, row in enumerate(self._words.execute(f"SELECT {sql}", values).fetchone() if words else ()):
-                count, *found = row.split(";")
-                weights[i] = idf(texts, int(count))
-                if found:
+            for i, (where, often) in enumerate(self._holding(words, most)):
+                weights[i] = idf(texts, len(where))
+                if 0 < len(where) <= most:
                     rarity[i] = weights[i]
-                    where = np.fromstring(found[0], np.int64, sep=",")
-                    bm25[where] += np.fromstring(found[1], np.float32, sep=",")
+                    bm25[where] += self._bm25(where, often)
                     said[where] |= bit(1 << i)
             rows = self._row_at.values
             bm25, said, akin = bm25[rows], said[rows], np.zeros(len(rows), np.float32)
@@ -7589,6 +7608,43 @@ class MemoryIndex:
                 akin = self.said_otherwise(words, weights, said, word_vectors)
             self._looked_up = asked, (bm25, said, rarity, akin, self.trust() if word_vectors else 1.0)
         return self._looked_up[1]
+
+    def _holding(self, words: Sequence[str], most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The rows of the texts that hold each word, and how often, int [n] each; one more than `most` at most. Of a
+        word that FTS5 takes for several terms ("tea_pot") those that hold all of them."""
+        self._words.executemany("INSERT INTO asked (rowid, content) VALUES (?, ?)", enumerate(words))
+        terms: list[list[str]] = [[] for _ in words]
+        for i, term in self._words.execute("SELECT doc, term FROM asked_terms").fetchall():
+            terms[i].append(term)
+        self._words.execute("DELETE FROM asked")
+        every = list(dict.fromkeys(itertools.chain.from_iterable(terms)))
+        found = dict(zip(every, self._instances(every, most + most // 4), strict=True))
+        for term, rows in found.items():
+            if len(rows) == most + most // 4 and np.count_nonzero(np.diff(rows)) < most:  # it is said again and again
+                found[term] = self._instances([term], 1 << 30)[0]
+        for some in terms:
+            rows = found[some[0]] if some else np.zeros(0, np.int64)  # sorted
+            first = np.flatnonzero(np.diff(rows, prepend=-1))
+            where, often = rows[first], np.diff(first, append=len(rows))
+            for term in some[1:]:
+                both = np.isin(where, found[term])
+                where, often = where[both], often[both]
+            yield where[: most + 1], often[: most + 1]
+
+    def _instances(self, terms: Sequence[str], most: int) -> list[np.ndarray]:
+        """The rows of the texts that hold each term, as often as they do, int64 [n], `most` of them at most."""
+        sql = ", ".join([HOLDING.format(most=most)] * len(terms))
+        row = self._words.execute(f"SELECT {sql}", terms).fetchone() if terms else ()
+        return [np.fromstring(rows, np.int64, sep=",") if rows else np.zeros(0, np.int64) for rows in row]
+
+    def _bm25(self, where: np.ndarray, often: np.ndarray) -> np.ndarray:
+        """The scores of all texts that hold a word for that word, float32 [n], as SQLite's bm25() gives them; that
+        reads them row by row."""
+        texts, holding = len(self._uses), len(where)
+        weight = max(LEAST_IDF, math.log((texts - holding + 0.5) / (holding + 0.5)))
+        length = self._lengths.values[where] / (self._terms / texts)
+        scores = weight * often * (BM25_K1 + 1) / (often + BM25_K1 * (1 - BM25_B + BM25_B * length))
+        return scores.astype(np.float32)
 
     def said_otherwise(
         self, words: Sequence[str], weights: np.ndarray, said: np.ndarray,
@@ -14086,6 +14142,10 @@ class Feelings:
         found = feeling_in(told_language(clip(text)) or words.language, text, vector, self._bag)
         return reading_of(np.array([*found.scores.values()], np.float32))
 
+    def by_words(self, chat: Chat, text: str) -> EmotionReading:
+        """What a text feels by its words alone: a turn's newest message has no vector yet when it asks for memories."""
+        return self._reading(chat.usual_wording, text, None)
+
     def _bag(self, text: str) -> np.ndarray | None:
         found = self._bags.get(text)
         return self._vectors.embedder.bag(text) if found is None else found
@@ -15117,8 +15177,7 @@ class Recaller:
         found = [
             i for i in found if nodes[i].fingerprint not in shown and nodes[i].id not in silent and i >= turn.first
         ]
-        asking = nodes[turn.layout.pivot - len(turn.request.turns)]
-        memories = self._memories(chat, nodes, scores, found, self._feelings.read(chat, [asking])[0])
+        memories = self._memories(chat, nodes, scores, found, self._feelings.by_words(chat, turn.pivot.content))
         memories = with_newest_first(memories, index, query, vector)
         return [in_part(m, index, query, evidence, vector) for m in memories]
 

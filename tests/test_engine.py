@@ -459,8 +459,8 @@ def test_a_turn_has_the_model_loaded_by_the_background(memory):
 
 
 def test_what_a_turn_will_ask_of_the_embedder_is_foreseen(data_dir, monkeypatch):
-    """Where its chat looks for memories that is its query, embedded while its messages are written, and with it the
-    newest message where they are short; and nothing is embedded twice, once it is known that it does."""
+    """Where its chat looks for memories that is its query, embedded while its messages are written, and behind it the
+    newest message; and nothing is embedded twice, once it is known that it does."""
     given = pm.Settings(data=str(data_dir), upstream="http://127.0.0.1:9/v1", model="m", context=700)
     with contextlib.closing(pm.PersonaMemory(given)) as memory:
         memory.embedder.encode(["loads it"])
@@ -473,12 +473,12 @@ def test_what_a_turn_will_ask_of_the_embedder_is_foreseen(data_dir, monkeypatch)
         for turn in turns[:2]:
             priorities.clear()
             memory.builder.prepare(turn, "c", pm.Call(""))
-        assert priorities.count(pm.TURN) == 2  # the query and the newest message; older ones
+        assert priorities.count(pm.TURN) == 3  # the query; the newest message; older ones
         foresee = functools.partial(memory.recaller.foresee, deadline=pm.Deadline.after(60))
-        for turn, own in zip(turns[2:], ((asked[2],), ()), strict=True):
+        for turn, own in zip(turns[2:], asked[2:], strict=True):
             with memory.archive.enter(pm.parse_request(turn), "c", pm.Deadline.after(60), foresee):
-                texts, (query,) = list(memory.embedder._foreseen)[-1]
-                assert texts == own and query.startswith("the salt?")
+                (none, (query,)), last = list(memory.embedder._foreseen)[-2:]
+                assert none == () and query.startswith("the salt?") and last == ((own,), ())
 
 
 def test_a_turn_waits_for_the_disk_at_its_end(memory):

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import sqlite3
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from chats import ROLE_PLAY, Encoder, asked, chat, followed, indexed, newest_first, read_chat, recall_at
 from hypothesis import given
+from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 import persona_memory as pm
@@ -497,6 +499,46 @@ SAID = (
 TEXTS = st.lists(st.tuples(st.sampled_from(("user", "assistant", "Ann", "Bo")), st.sampled_from(SAID)), max_size=30)
 TEXT_VECTORS = np.random.default_rng(5).standard_normal((len(SAID), 3, 8)).astype(np.float32)
 TEXT_VECTORS /= np.linalg.norm(TEXT_VECTORS, axis=2, keepdims=True)
+
+
+TERMS = st.lists(st.sampled_from(["boat", "boats", "café", "cafe", "running", "tea_pot", "tea", "pot"]), max_size=12)
+
+
+@trials(max_examples=150)
+@given(st.lists(TERMS, min_size=1, max_size=14), TERMS, st.integers(0, 14))
+def test_words_score_as_sqlite_scores_them(said, words, kept):
+    """Whatever a text repeats, and whatever has left the branch; what too many hold counts for nothing."""
+    messages = chat(*(("user", f"{' '.join(some)} {place}.") for place, some in enumerate(said)))
+    index = followed(pm.MemoryIndex(), messages)
+    messages = messages[: max(1, kept)]
+    followed(index, messages)
+    words = [word for word in dict.fromkeys(words) if word != "tea_pot"]
+    bm25, told, rarity, *_ = index.look_up(words)
+    with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
+        fresh.execute(pm.TABLES[0])
+        rows = [(row, pm.lexical_text(m.content)) for row, m in enumerate(messages)]
+        fresh.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", rows)
+        expected = np.zeros(len(messages), np.float32)
+        for i, word in enumerate(words):
+            found = fresh.execute("SELECT rowid, -bm25(texts) FROM texts WHERE texts MATCH ?", (f'"{word}"',))
+            scores = dict(found.fetchall())
+            assert {place for place in range(len(messages)) if told[place] >> i & 1} == scores.keys()
+            assert (rarity[i] > 0) == bool(scores)
+            for place, score in scores.items():
+                expected[place] += np.float32(score)
+    assert np.allclose(bm25, expected, rtol=1e-6)
+
+
+def test_a_word_of_several_terms_is_held_by_what_holds_them_all():
+    """SQLite parts "tea_pot". And a word that few texts say very often is not taken for a common one."""
+    lines = [("user", text) for text in ("Tea!", "A tea_pot.", "A pot of tea.", "Pot.")]
+    index = followed(pm.MemoryIndex(), chat(*lines))
+    assert index.look_up(["tea_pot"])[1].tolist() == [0, 1, 1, 0]
+    lines = [("user", f"{'sea ' * 40}number {n}") for n in range(20)] + [("user", f"Land {n}.") for n in range(400)]
+    index = followed(pm.MemoryIndex(), chat(*lines))
+    assert index.look_up(["sea"])[1].sum() == 20
+    assert not index.look_up(["land"])[1].any() and not index.look_up(["nothing"])[1].any()
+    assert index.look_up([])[0].sum() == 0
 
 
 def with_vectors(index, messages):
