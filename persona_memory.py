@@ -1685,8 +1685,9 @@ class LongWork:
 GIVE_WAY_SECONDS = 0.3  # that one step of the background waits for turns at most
 
 
+@functools.cache
 def two_cores() -> list[int]:
-    """The cores that this thread may run on where they are two and threads can be bound to them (Linux); else none.
+    """The cores that the program may run on where they are two and threads can be bound to them (Linux); else none.
 
     Of two Linux often wakes the embedder's thread on that where a turn runs, while the other is idle, and for three
     milliseconds one of them stands still. So a turn gets one and the embedder the other. With more cores that is rare.
@@ -1783,11 +1784,33 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+MOST_ARENAS = -8  # M_ARENA_MAX of mallopt(3): places that glibc takes the threads' memory from
+TOGETHER = threading.Event()
+
+
 def keep_memory_together() -> None:
     """Has glibc take memory for all threads from one place: of dozens of threads each keeps what others could use. To
-    be called before there are any (mallopt(3), M_ARENA_MAX)."""
+    be called before there are any."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(-8, 1)
+        ctypes.CDLL(None).mallopt(MOST_ARENAS, 1)
+        TOGETHER.set()
+
+
+def start_apart(thread: threading.Thread) -> None:
+    """Starts a thread that is to call `take_memory_apart`, so that it has a place of its own all the same: where two
+    threads work at the same time on two cores, each waits for the other's memory a dozen times a millisecond."""
+    if TOGETHER.is_set():
+        ctypes.CDLL(None).mallopt(MOST_ARENAS, 2)
+    thread.start()
+
+
+def take_memory_apart() -> None:
+    """Takes the first memory of the thread that it runs in, for which glibc then makes a place, and the last such."""
+    if TOGETHER.is_set():
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+        libc.free(libc.malloc(64))
+        keep_memory_together()
 
 
 class RecentWarnings(logging.Filter):
@@ -3709,7 +3732,7 @@ class Embedder:
         """Begins to load; a second call does nothing."""
         if self._started.acquire(blocking=False):
             self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
-            self._thread.start()
+            start_apart(self._thread)
 
     @functools.cached_property
     def key(self) -> str:
@@ -3824,6 +3847,7 @@ class Embedder:
                     job.future.set_exception(EmbedderUnavailable("the program is stopping"))
 
     def _run(self) -> None:
+        take_memory_apart()
         try:
             with collecting_young():
                 self._model = load_sentence_transformer(self.name)
@@ -7087,12 +7111,46 @@ BM25_K1, BM25_B, LEAST_IDF = 1.2, 0.75, 1e-6  # as SQLite's bm25() has them (FTS
 TABLES = (
     "CREATE VIRTUAL TABLE texts USING fts5(content, tokenize='porter unicode61')",
     "CREATE VIRTUAL TABLE terms USING fts5vocab(texts, 'instance')",
-    "CREATE VIRTUAL TABLE asked USING fts5(content, tokenize='porter unicode61')",
-    "CREATE VIRTUAL TABLE asked_terms USING fts5vocab(asked, 'instance')",
 )
+KNOWN_TERMS = 50_000  # words whose terms are kept
 # The texts that hold a term, each as often as it does. What SQLite gives in one row costs one wait for other threads;
 # row by row, each row costs one, and each query.
 HOLDING = "(SELECT coalesce(group_concat(doc), '') FROM (SELECT doc FROM terms WHERE term = ? LIMIT {most}))"
+
+
+def table_of_texts() -> sqlite3.Connection:
+    """An empty table of texts in RAM, and that of its terms."""
+    table = sqlite3.connect(":memory:", check_same_thread=False)
+    for statement in TABLES:
+        table.execute(statement)
+    return table
+
+
+class Terms:
+    """What FTS5 takes words for: a stem each, as a rule ("tea_pot" is two). It has no function for that, so a table of
+    its own is asked; what it has said is kept."""
+
+    def __init__(self) -> None:
+        self._table, self._lock = table_of_texts(), threading.Lock()
+        self._known: dict[str, tuple[str, ...]] = {}
+
+    def __call__(self, words: Sequence[str]) -> list[tuple[str, ...]]:
+        """The terms of each word."""
+        with self._lock:
+            if len(self._known) > KNOWN_TERMS:
+                self._known.clear()
+            fresh = [word for word in words if word not in self._known]
+            if fresh:
+                self._table.executemany("INSERT INTO texts (rowid, content) VALUES (?, ?)", enumerate(fresh))
+                found: list[list[str]] = [[] for _ in fresh]
+                for row, term in self._table.execute("SELECT doc, term FROM terms").fetchall():
+                    found[row].append(term)
+                self._table.execute("DELETE FROM texts")
+                self._known.update(zip(fresh, map(tuple, found), strict=True))
+            return [self._known[word] for word in words]
+
+
+TERMS = Terms()
 
 
 def first_varint(raw: bytes) -> int:
@@ -7310,11 +7368,9 @@ class MemoryIndex:
         self._clear()
 
     def _clear(self) -> None:
-        self._words = sqlite3.connect(":memory:", check_same_thread=False)
-        for table in TABLES:
-            self._words.execute(table)
-        self._lengths = Column(np.float64)  # by row number, in terms
-        self._terms = 0.0  # of all texts on the branch
+        self._words = table_of_texts()
+        self._lengths = Column(np.int32)  # by row number, in terms
+        self._terms = 0  # of all texts on the branch
         self._word_bytes = 0  # of the lexical table
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
@@ -7399,7 +7455,7 @@ class MemoryIndex:
         left = [h for h in dict.fromkeys(gone) if self._uses[h] <= 0]
         rows = [self._rows[h] for h in left]
         self._words.executemany("DELETE FROM texts WHERE rowid = ?", zip(rows))
-        self._terms -= self._lengths.values[rows].sum()
+        self._terms -= int(self._lengths.values[rows].sum())
         for text_hash in left:
             del self._uses[text_hash]
             self._unembedded.pop(text_hash, None)
@@ -7418,7 +7474,7 @@ class MemoryIndex:
         sizes = "SELECT id, sz FROM texts_docsize WHERE id BETWEEN ? AND ?"
         for row, size in self._words.execute(sizes, (min(places), max(places))) if places else ():
             self._lengths.values[row] = first_varint(size)
-        self._terms += self._lengths.values[places].sum()
+        self._terms += int(self._lengths.values[places].sum())
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
         self._unembedded.update(dict.fromkeys(h for h in come if h not in self._embedded))
         self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
@@ -7612,11 +7668,7 @@ class MemoryIndex:
     def _holding(self, words: Sequence[str], most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rows of the texts that hold each word, and how often, int [n] each; one more than `most` at most. Of a
         word that FTS5 takes for several terms ("tea_pot") those that hold all of them."""
-        self._words.executemany("INSERT INTO asked (rowid, content) VALUES (?, ?)", enumerate(words))
-        terms: list[list[str]] = [[] for _ in words]
-        for i, term in self._words.execute("SELECT doc, term FROM asked_terms").fetchall():
-            terms[i].append(term)
-        self._words.execute("DELETE FROM asked")
+        terms = TERMS(words)
         every = list(dict.fromkeys(itertools.chain.from_iterable(terms)))
         found = dict(zip(every, self._instances(every, most + most // 4), strict=True))
         for term, rows in found.items():
