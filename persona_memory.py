@@ -1784,33 +1784,11 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-MOST_ARENAS = -8  # M_ARENA_MAX of mallopt(3): places that glibc takes the threads' memory from
-TOGETHER = threading.Event()
-
-
 def keep_memory_together() -> None:
     """Has glibc take memory for all threads from one place: of dozens of threads each keeps what others could use. To
-    be called before there are any."""
+    be called before there are any (mallopt(3), M_ARENA_MAX)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(MOST_ARENAS, 1)
-        TOGETHER.set()
-
-
-def start_apart(thread: threading.Thread) -> None:
-    """Starts a thread that is to call `take_memory_apart`, so that it has a place of its own all the same: where two
-    threads work at the same time on two cores, each waits for the other's memory a dozen times a millisecond."""
-    if TOGETHER.is_set():
-        ctypes.CDLL(None).mallopt(MOST_ARENAS, 2)
-    thread.start()
-
-
-def take_memory_apart() -> None:
-    """Takes the first memory of the thread that it runs in, for which glibc then makes a place, and the last such."""
-    if TOGETHER.is_set():
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
-        libc.free(libc.malloc(64))
-        keep_memory_together()
+        ctypes.CDLL(None).mallopt(-8, 1)
 
 
 class RecentWarnings(logging.Filter):
@@ -3732,7 +3710,7 @@ class Embedder:
         """Begins to load; a second call does nothing."""
         if self._started.acquire(blocking=False):
             self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
-            start_apart(self._thread)
+            self._thread.start()
 
     @functools.cached_property
     def key(self) -> str:
@@ -3847,7 +3825,6 @@ class Embedder:
                     job.future.set_exception(EmbedderUnavailable("the program is stopping"))
 
     def _run(self) -> None:
-        take_memory_apart()
         try:
             with collecting_young():
                 self._model = load_sentence_transformer(self.name)
@@ -3887,6 +3864,8 @@ class Embedder:
             traced = TracedModel(self._model)
             self._model.model_card_data = None  # which holds the model, as in `faster`
             self._model = traced
+        with contextlib.suppress(EmbedderUnavailable):
+            self.encode(["?"], priority=BACKGROUND)  # until then the other thread may be at work with the old one
         gc.collect()  # modules know each other, so they are garbage only to this; what was loaded is frozen
         give_memory_back()
 
@@ -4109,6 +4088,7 @@ BLOCKED_LINEAR = """
 def linear(given: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(given.to(torch.bfloat16), weight, bias, "none", [], "").float()
 """
+KEPT_KERNELS = 32  # of oneDNN's: those of two lengths or so; making one anew takes less than can be measured
 BLOCKED_FOR = 16  # tokens, as a turn's query has; others lose nothing by that
 
 
@@ -4238,6 +4218,8 @@ def load_sentence_transformer(name: str) -> Any:
         raise FileNotFoundError(f"there is no {path}")
     if path != bare:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
+    # oneDNN, which reads this when it begins, keeps code for each number of tokens, and of a thousand kinds else.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_KERNELS))
     import torch
 
     with contextlib.suppress(ImportError), deferring_imports(UNUSED_BY_ENCODING):
