@@ -197,10 +197,10 @@ GEMINI_ENDPOINT_VARIABLE = "GOOGLE_GEMINI_BASE_URL"  # as Google's own tools rea
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
-def setting(default: Any, helpertext: str, shown: str = "", secret: bool = False) -> Any:
+def setting(default: Any, help_text: str, shown: str = "", secret: bool = False) -> Any:
     """A field of `Settings`: its default, its help text, how the help and the README display the default, and whether
     the value is a key, which is never displayed."""
-    return field(default=default, metadata={"help": helpertext, "shown": shown or str(default), "secret": secret})
+    return field(default=default, metadata={"help": help_text, "shown": shown or str(default), "secret": secret})
 
 
 @dataclass(frozen=True)
@@ -2062,7 +2062,7 @@ LEXICON = {
         """,
     "fear": """
         3 terrified terrify terror horror panic dread afraid scared scary scare frighten fear nightmare hands..shake
-          helperme out_there panic_attack horrify
+          help_me out_there panic_attack horrify
         2 anxious anxiety nervous worry worried creepy danger dangerous threat tremble run_away hide trapped desperate
           clutch what_if don't_go oh_no shadow monster ghost demon paranoid freak..out did_you_hear cautious concerned
           alarm freeze frozen beg please_don't behind_me behind_you no_no_no in_the_dark worry_about
@@ -5847,6 +5847,7 @@ class ChatStore:
 
     unwritten = ""  # why the last turn's messages could not be written
     _in_ram = False
+    told_changes = 0  # how often a mark, a summary or a fact has changed, or all were read anew
 
     def __init__(self, directory: Path, make: bool = True):
         self.directory = directory
@@ -5874,7 +5875,7 @@ class ChatStore:
         self.marks: dict[str, dict[str, Mark]] = {}  # by the text's digest and the speaker
         self.summaries: dict[str, Summary] = {}
         self.facts: dict[str, Fact] = {}
-        self.told_changes = 0  # how often a mark, a summary or a fact has changed
+        self.told_changes += 1
         if (kept := self._restore_tree(cache)) is None:
             self._read_tree(cache)
         if self.info and cache.get("format", 1) < STORE_FORMAT:
