@@ -5916,57 +5916,16 @@ class ChatStore:
         return generation
 
     def _upgrade(self, cache: diskcache.Cache) -> None:
-        """Rewrites the rows of older formats.
-
-        In format 1 (version 0.1.0) a model's thoughts were kept with its words, marks with each message alone, and
-        summaries and facts by the ids of messages; up to format 2, summaries had all digests of their texts.
-        """
+        """Rewrites the rows of older formats."""
         with cache.transact():
             if cache.get("format", 1) == 1:
-                moved = self._take_thoughts_out(cache)
-                marked = [message_of(read_json(cache, f"m:{i}")) for i in self.tree.marked]
-                marks = changed_marks({}, marked, (), time.time())
-                for digest, some in marks.items():
-                    cache[f"k:{digest}"] = json.dumps({name: asdict(mark) for name, mark in some.items()})
-                own, reworded = {m.id: m for m in marked}, set()
-                for message in self._with_marks(cache, (), marks):
-                    if message != own.get(message.id):  # the same words elsewhere had no mark, or another one
-                        row = asdict(message) | {"order": self.tree.nodes[message.id].order}
-                        cache[f"m:{message.id}"] = json.dumps(row)
-                        self._remember(row)
-                        reworded.add(message.digest)
-                for key, row in {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}.items():
-                    row = upgraded_row(
-                        row | {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}, self.tree
-                    )
-                    if row is None:  # its branch is not there
-                        cache.delete(key)
-                        continue
-                    if "texts" in row and row["source"] != "user" and reworded & set(row["texts"]):
-                        row["stale"] = True
-                    cache[key] = json.dumps(row)
+                upgrade_first_format(cache, self.tree)
+                self.info = json.loads(cache["info"])
+                self._read_tree(cache)
             share_texts(cache)
             self._generation += 1  # without a list of changes: other processes read the chat anew
             cache["generation"] = self._generation
             note_format(cache)
-
-    def _take_thoughts_out(self, cache: diskcache.Cache) -> dict[str, str]:
-        """Leaves nothing but the words in the replies; returns the ids that messages have then, by those before."""
-        old = [self.tree.nodes[i] for i in self.tree.nodes]
-        messages, moved = rehung(worded(message_of(read_json(cache, f"m:{node.id}"))) for node in old)
-        orders = {moved[node.id]: node.order for node in reversed(old)}  # a twin's is that of the first
-        if all(before == now for before, now in moved.items()):
-            return moved
-        for node in old:
-            cache.delete(f"m:{node.id}")
-        self.tree, self._recent = Tree(), OrderedDict()
-        for message in messages:
-            row = asdict(message) | {"order": orders[message.id]}
-            cache[f"m:{message.id}"] = json.dumps(row)
-            self._remember(row)
-        self.info["head"] = moved.get(self.head, ROOT)
-        cache["info"] = json.dumps(self.info)
-        return moved
 
     @property
     def damaged(self) -> bool:
@@ -6515,8 +6474,10 @@ def share_texts(cache: diskcache.Cache) -> None:
     """Rewrites the rows of summaries that have all digests of their texts: what was made of others names these."""
     known: set[str] = set()
     beginning: defaultdict[str, list[Summary]] = defaultdict(list)
-    rows = ((key, row) for key, row in stored_rows(cache, "s:").items() if key != NEWER_ROW)
-    for key, row in sorted(rows, key=lambda item: item[1]["level"]):
+    keys = cache._sql("SELECT key FROM Cache WHERE key >= 's:' AND key < 's;' AND key != ?", (NEWER_ROW,)).fetchall()
+    levels = {key: read_json(cache, key)["level"] for (key,) in keys}  # one row at a time: all may take gigabytes
+    for key in sorted(levels, key=levels.__getitem__):
+        row = read_json(cache, key)
         summary = Summary(**row | {"texts": in_parts(row["texts"], beginning)})
         cache[key] = json.dumps(summary_rows([summary], known)[key])
         beginning[summary.texts[0]].append(summary)
@@ -6530,13 +6491,19 @@ def in_parts(texts: Sequence[str], beginning: Mapping[str, Sequence[Summary]]) -
     at = plain = 0
     while at < len(texts):
         there = sorted(beginning.get(texts[at], ()), key=lambda s: -len(s.texts))
-        part = next((s for s in there if list(s.texts) == list(texts[at : at + len(s.texts)])), None)
+        part = next((s for s in there if stands_at(texts, at, s.texts)), None)
         if part:
             parts += [("", tuple(texts[plain:at]))] * (at > plain) + [(part.id, part.texts)]
             plain = at = at + len(part.texts)
         else:
             at += 1
     return Stretch([*parts, ("", tuple(texts[plain:]))]) if parts else tuple(texts)
+
+
+def stands_at(texts: Sequence[str], at: int, some: Sequence[str]) -> bool:
+    """Whether `some` texts are those from a place on; where most would do, their last one tells."""
+    end = at + len(some)
+    return end <= len(texts) and texts[end - 1] == some[-1] and list(texts[at:end]) == list(some)
 
 
 def summary_rows(summaries: Sequence[Summary], known: Collection[str] = ()) -> dict[str, dict]:
@@ -6566,6 +6533,32 @@ def with_mark(message: Message, mark: Mark | None) -> Message:
     return replace(
         message, content=content, shown=shown, tokens=tokens, pinned=mark.pinned, forgotten=mark.forgotten
     )  # fmt: skip
+
+
+def upgrade_first_format(cache: diskcache.Cache, tree: Tree) -> None:
+    """Rewrites a chat's rows of format 1 (version 0.1.0); `tree` is that of its messages. A model's thoughts were kept
+    with its words there, marks with each message alone, and summaries and facts by the ids of messages."""
+    old = [message_of(read_json(cache, f"m:{node}")) for node in tree.nodes]
+    messages, moved = rehung(map(worded, old))
+    orders = {moved[m.id]: tree.nodes[m.id].order for m in reversed(old)}  # a twin's is that of the first
+    marks = changed_marks({}, messages, (), time.time())
+    marked = [with_mark(m, mark_for(marks.get(m.digest, {}), m)) for m in messages]
+    reworded = {m.digest for m, before in zip(marked, messages, strict=True) if m != before}
+    upgraded = Tree()
+    for message in marked:
+        upgraded.put(message, orders[message.id])
+    told = {**stored_rows(cache, "s:"), **stored_rows(cache, "f:")}
+    rows: dict[str, Any] = {f"m:{m.id}": asdict(m) | {"order": orders[m.id]} for m in marked}
+    rows |= {f"k:{digest}": {name: asdict(mark) for name, mark in some.items()} for digest, some in marks.items()}
+    for key, row in told.items():
+        row |= {k: moved.get(row[k], row[k]) for k in NAMING_MESSAGES if k in row}
+        if row := upgraded_row(row, upgraded):
+            stale = "texts" in row and row["source"] != "user" and not reworded.isdisjoint(row["texts"])
+            rows[key] = row | ({"stale": True} if stale else {})
+    info = json.loads(cache["info"])
+    rows["info"] = info | {"head": moved.get(info.get("head", ROOT), ROOT)}
+    delete_values(cache, [*(f"m:{m.id}" for m in old), *told])  # what hangs nowhere is not written again
+    put_values(cache, {key: json.dumps(row) for key, row in rows.items()})
 
 
 def worded(message: Message) -> Message:

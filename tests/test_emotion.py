@@ -122,6 +122,7 @@ def test_the_weights_fit_the_code():
         ('"Go," she sobs.', {"action sadness"}),
         ("*slams the front door*", {"action anger"}),
         ("You make me sick", {"speech disgust"}),
+        ("Help me!", {"speech fear"}),
         ("She looks forward to the feast", {"action joy"}),
         ("great 😭😭", {"speech joy", "picture sadness"}),
         ("(╯°□°)╯︵ ┻━┻", {"picture anger"}),
