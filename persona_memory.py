@@ -6501,7 +6501,7 @@ def in_parts(texts: Sequence[str], beginning: Mapping[str, Sequence[Summary]]) -
 
 
 def stands_at(texts: Sequence[str], at: int, some: Sequence[str]) -> bool:
-    """Whether `some` texts are those from a place on; where most would do, their last one tells."""
+    """Whether `some` texts are those from a place on. The last is looked at first: stories' beginnings begin alike."""
     end = at + len(some)
     return end <= len(texts) and texts[end - 1] == some[-1] and list(texts[at:end]) == list(some)
 
