@@ -3630,8 +3630,12 @@ MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megab
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 MOST_FORESEEN = 16  # jobs that nobody has asked for yet
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
-# What sentence-transformers and transformers import only to train and to evaluate models: 70 MB, and half a second.
-UNUSED_BY_ENCODING = ("sklearn.metrics", "scipy.optimize", "scipy.sparse", "scipy.stats")
+# What sentence-transformers and transformers import to train, to evaluate and to compile models, and encoding never
+# calls: 110 MB, and half of the time that loading takes.
+UNUSED_BY_ENCODING = (
+    "sklearn.metrics", "scipy.optimize", "scipy.sparse", "scipy.stats",
+    "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op",
+)  # fmt: skip
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
 TOKEN_STEP = 8  # lengths that texts are filled up to, a multiple of this each
@@ -4191,17 +4195,24 @@ def hub_revision(name: str) -> str:
 
 
 class DeferredModule(ModuleType):
-    """Stands for a module: each of its names is a function that imports the module when it is called."""
+    """Stands for a module. Each of its names is a class, so that nothing is an instance of it; to call it imports the
+    module and calls what it stands for. Before that is possible it decorates, and leaves what it decorates as it is."""
 
-    def __getattr__(self, name: str) -> Callable:
+    def __getattr__(self, name: str) -> type:
         if name.startswith("__"):  # what the import system asks for
             raise AttributeError(name)
-        return lambda *args, **named: getattr(importlib.import_module(self.__name__), name)(*args, **named)
+        return type(name, (), {"__new__": lambda _, *args, **named: self._call(name, *args, **named)})
+
+    def _call(self, name: str, *args: Any, **named: Any) -> Any:
+        module = importlib.import_module(self.__name__)
+        if module is not self:
+            return getattr(module, name)(*args, **named)
+        return args[0] if args and callable(args[0]) else lambda decorated: decorated
 
 
 @contextlib.contextmanager
 def deferring_imports(names: Iterable[str]) -> Iterator[None]:
-    """Within the block, what is imported from these modules is imported when it is first called, not before."""
+    """Within the block, what is imported from these modules is imported when it is called after it, not before."""
     stand_ins = {name: DeferredModule(name) for name in names if name not in sys.modules}
     sys.modules.update(stand_ins)
     try:
@@ -4209,6 +4220,20 @@ def deferring_imports(names: Iterable[str]) -> Iterator[None]:
     finally:
         for name in stand_ins:
             sys.modules.pop(name, None)
+
+
+@contextlib.contextmanager
+def undistributed() -> Iterator[None]:
+    """Within the block torch says that it was built for one process, as some builds are: transformers imports what it
+    needs for several machines at once otherwise, which takes most of a second."""
+    import torch.distributed
+
+    available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = available
 
 
 def load_sentence_transformer(name: str) -> Any:
@@ -4222,15 +4247,25 @@ def load_sentence_transformer(name: str) -> Any:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_KERNELS))
     import torch
 
-    with contextlib.suppress(ImportError), deferring_imports(UNUSED_BY_ENCODING):
-        import sentence_transformers  # noqa: F401  # another version may need more of them; then it is imported below
+    # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    try:
+        with undistributed(), deferring_imports(UNUSED_BY_ENCODING):
+            return sentence_transformer(path, size)
+    except Exception:  # another version, or another model, may need more of them
+        for module in [m for m in sys.modules if m.partition(".")[0] in ("sentence_transformers", "transformers")]:
+            del sys.modules[module]
+        return sentence_transformer(path, size)
+
+
+def sentence_transformer(path: str, dimensions: int | None) -> Any:
+    """A model (sentence_transformers.SentenceTransformer) of a path or a hub name, whose vectors are cut to so many
+    dimensions where these are given."""
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the log's lines are whole lines
-    # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    return SentenceTransformer(path, device="cpu", truncate_dim=size)
+    return SentenceTransformer(path, device="cpu", truncate_dim=dimensions)
 
 
 def chunk_spans(text: str) -> Iterator[tuple[int, int]]:

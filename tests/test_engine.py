@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
+import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -194,6 +197,26 @@ def test_a_turn_comes_between_the_slices_of_a_background_job(memory):
         vectors = background.result()
     alone = memory.embedder.encode(texts[7:9])
     assert len(vectors) == len(texts) and np.allclose(vectors[7:9], alone, atol=0.02)
+
+
+LOADED_ALONE = """
+import json, sys
+import persona_memory as pm
+pm.UNUSED_BY_ENCODING += tuple(sys.argv[1:])
+vector = pm.unit_vectors(pm.load_sentence_transformer("all-MiniLM-L6-v2"), ["The ferry is late."])[0]
+print(json.dumps([vector.tolist(), "torch._dynamo" in sys.modules, sys.modules["torch"].distributed.is_available()]))
+"""
+
+
+@pytest.mark.parametrize("missed", [(), ("transformers.modeling_utils",)])
+def test_a_model_is_loaded_without_the_compiler_where_that_works(memory, missed):
+    """And as its libraries would load it where a version of them needs more than is left out."""
+    command = [sys.executable, "-c", LOADED_ALONE, *missed]
+    told = subprocess.run(command, cwd=Path(pm.__file__).parent, capture_output=True, check=True)
+    vector, compiler, distributed = json.loads(told.stdout)
+    assert vector @ memory.embedder.encode(["The ferry is late."])[0] >= pm.SAME_VECTORS
+    assert compiler == bool(missed)
+    assert distributed == pytest.importorskip("torch").distributed.is_available()
 
 
 def test_a_traced_model_gives_the_vectors_that_it_gave():

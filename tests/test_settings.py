@@ -359,12 +359,16 @@ def test_the_program_imports_nothing_from_where_it_is_started(tmp_path):
 
 
 def test_a_deferred_import_waits_for_its_first_call(monkeypatch):
-    """Within the block alone, and not where the module is there already."""
+    """Within the block alone, and not where the module is there already. There nothing is an instance of what a
+    stand-in stands for, and what it decorates stays as it is."""
     monkeypatch.delitem(sys.modules, "sched", raising=False)
     with pm.deferring_imports(["sched", "re"]):
-        from sched import scheduler
+        from sched import Event, scheduler
 
         assert sys.modules["re"] is re
+        assert not isinstance(re, Event)
+        for decorate in (scheduler, scheduler(None, recursive=False)):
+            assert decorate(print) is print
     assert "sched" not in sys.modules
     assert scheduler().empty()
     assert "sched" in sys.modules
