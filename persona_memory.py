@@ -5872,9 +5872,10 @@ class ChatStore:
 
     Rows: `m:<id>` a message (JSON), `k:<digest>` the marks of a text by speaker, `s:<id>` a summary, `f:<id>` a fact,
     `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `t:<hash>` what the index knows
-    of some texts (see `derived`), `p:<number>` a prompt report, `info` what is known of the chat, `format` the rows'
-    format, `generation` a counter of changes with `g:<n>` naming the messages (the keys of other rows, and `d:<id>` for
-    a message taken out) that change n touched, so that another process on the same folder can catch up. Messages are
+    of some texts, `t:index` and `t:tree` what it knows of a branch's and what is known of all messages (see `derived`),
+    `p:<number>` a prompt report, `info` what is known of the chat, `format` the rows' format, `generation` a counter of
+    changes with `g:<n>` naming the messages (the keys of other rows, and `d:<id>` for a message taken out) that change
+    n touched, so that another process on the same folder can catch up. Messages are
     written as their marks make them, so that whoever reads one reads it marked.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
@@ -6210,14 +6211,21 @@ class ChatStore:
     def derived(self, key: str) -> Any:
         """The JSON value that was made of the messages and is kept under a key; None where there is none, or its
         checksum (zlib's) tells that it is damaged: it can be made again."""
-        with self._database.use() as cache, contextlib.suppress(zlib.error, StoreDamaged, *SENSELESS):
-            return json.loads(zlib.decompress(self._derived.get(key) or cache.get(f"t:{key}")))
+        with contextlib.suppress(*SENSELESS):
+            return json.loads(self.derived_bytes(key))
         return None
 
+    def derived_bytes(self, key: str) -> bytes:
+        """The same of bytes; empty where there are none."""
+        with self._database.use() as cache, contextlib.suppress(zlib.error, StoreDamaged, *SENSELESS):
+            return zlib.decompress(self._derived.get(key) or cache.get(f"t:{key}"))
+        return b""
+
     def put_derived(self, key: str, value: Any) -> None:
-        """Keeps a JSON value that can be made again; what is committed next takes it to the disk."""
+        """Keeps a JSON value, or bytes, that can be made again; what is committed next takes it to the disk."""
+        kept = zlib.compress(value if isinstance(value, bytes) else json.dumps(value).encode(), 1)
         with self.lock:
-            self._derived[key] = zlib.compress(json.dumps(value).encode(), 1)
+            self._derived[key] = kept
 
     def _put_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         if not arrays:
@@ -6664,6 +6672,8 @@ TEXT_BYTES = 1000  # of RAM for what an index knows of a text, beside its vector
 PAGE_FIGURES = ("page_count", "page_size")  # SQLite's, of a database
 SEGMENT = 200  # messages; those of a branch's end that make no whole one are read anew when a chat is opened
 SEGMENT_RULES = 2  # raise it where a segment holds other things of the same texts: those in the stores are made anew
+INDEX_RULES = 1  # the same of what is kept of an index
+KEPT_GROWTH = 8  # a branch grows by an eighth of what is kept of its index, but by LEAST_KEPT, until more is kept
 STALE_ROWS = 1000  # texts that have left a branch, from which on its index is made anew
 # A word in an eighth of the texts, and in 200, is too common to discriminate; one that a thousand hold always is.
 COMMON_SHARE, COMMON_FLOOR, COMMON_ANYWHERE = 8, 200, 1000
@@ -7357,6 +7367,21 @@ def segments_of(
         yield some, segment
 
 
+def texts_key(hashes: Sequence[str]) -> str:
+    """What tells whether what was kept of an index is of these texts, by today's rules."""
+    return short_hash("index", str(INDEX_RULES), str(SEGMENT_RULES), str(list(TRAITS)), *hashes)
+
+
+def text_array(text: str) -> np.ndarray:
+    """A text as an array, uint8 [bytes of UTF-8]."""
+    return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+
+
+def array_text(array: np.ndarray) -> str:
+    """The text that such an array holds."""
+    return array.tobytes().decode("utf-8", "surrogatepass")
+
+
 def usual_language(languages: Counter[str]) -> str:
     """The one that most texts are in."""
     return languages.most_common(1)[0][0] if languages else "en"
@@ -7383,6 +7408,7 @@ class MemoryIndex:
         self._lengths = Column(np.int32)  # by row number, in terms
         self._terms = 0  # of all texts on the branch
         self._word_bytes = 0  # of the lexical table
+        self.kept_count = 0  # messages of whose texts the store keeps what it knows, see `kept`
         self._rows: dict[str, int] = {}  # text hash -> row number, for every text seen since the last clearing
         self._chunks: dict[str, int] = {}  # text hash -> how many vectors it takes
         self._uses: Counter[str] = Counter()  # text hash -> how often it stands on the branch
@@ -7428,9 +7454,11 @@ class MemoryIndex:
         if len(self._rows) > 2 * len(self._uses) + STALE_ROWS:  # swipes and edits of a long life
             self._clear()
         nodes = nodes if isinstance(nodes, Branch) else Branch(nodes)
-        kept = self._nodes.shared(nodes)
+        known = kept = self._nodes.shared(nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
+        if store and not self._rows:
+            kept = self._restore(nodes, store)
         gone = self._hashes[kept:]
         self._languages -= Counter(self._spoken[kept:])
         if kept < self._measured[0]:
@@ -7445,20 +7473,18 @@ class MemoryIndex:
             column.cut(kept)
         # They are numbered as they first spoke.
         self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
-        fresh, self._nodes = nodes[kept:], nodes[:kept]
-        for known in (self._hashes, self._spoken):
-            del known[kept:]
+        self._nodes = nodes[:kept]
+        for column in (self._hashes, self._spoken):
+            del column[kept:]
         self._take_off(gone)
         try:
             for some, segment in segments_of(nodes, kept, self._languages, read, store):
-                self._put_on(some, segment)
+                self.put_on(some, segment)
         finally:  # what could be read is whole
             self._nodes = nodes[: len(self._hashes)]
         self._word_bytes = math.prod(self._words.execute(f"PRAGMA {name}").fetchone()[0] for name in PAGE_FIGURES)
-        lacking = (
-            h for h in dict.fromkeys(n.fingerprint for n in fresh) if h in self._unembedded or h in self._unsplit
-        )
-        return list(lacking)
+        come = dict.fromkeys(self._hashes[known:])
+        return [h for h in come if h in self._unembedded or h in self._unsplit]
 
     def _take_off(self, gone: Sequence[str]) -> None:
         """Takes texts off the lexical table that stand on the branch no longer."""
@@ -7472,7 +7498,7 @@ class MemoryIndex:
             self._unembedded.pop(text_hash, None)
             self._unsplit.pop(text_hash, None)
 
-    def _put_on(self, nodes: Sequence[Node], segment: Segment) -> None:
+    def put_on(self, nodes: Sequence[Node], segment: Segment) -> None:
         """Takes in the branch's next texts."""
         hashes = [n.fingerprint for n in nodes]
         for text_hash in hashes:
@@ -7486,7 +7512,22 @@ class MemoryIndex:
         for row, size in self._words.execute(sizes, (min(places), max(places))) if places else ():
             self._lengths.values[row] = first_varint(size)
         self._terms += int(self._lengths.values[places].sum())
+        topics = [words.split() for words in segment.topics]
+        words = list(itertools.chain.from_iterable(topics))
+        new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
+        self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
+        self._topics.extend([self._vocabulary[w] for w in words])
+        self._word_uses.extend(np.zeros(len(new)))
+        np.add.at(self._word_uses.values, self._topics.values[len(self._topics.values) - len(words) :], 1)
+        columns = (segment.story_days, list(map(len, topics)), *zip(*segment.traits, strict=True))
+        self._append(nodes, hashes, segment, columns)
+        first = max(1, len(self._hashes) - len(nodes))
+        self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
+
+    def _append(self, nodes: Sequence[Node], hashes: Sequence[str], segment: Segment, columns: Sequence) -> None:
+        """Appends messages whose texts have their rows, with their values in those columns that tell of texts."""
         self._chunks.update(zip(hashes, segment.chunks, strict=True))
+        come = dict.fromkeys(hashes)
         self._unembedded.update(dict.fromkeys(h for h in come if h not in self._embedded))
         self._split.update((h, range(0)) for h, single in zip(hashes, segment.single, strict=True) if single)
         self._unsplit.update(dict.fromkeys(h for h in come if h not in self._split))
@@ -7495,23 +7536,58 @@ class MemoryIndex:
         self._uses.update(hashes)
         for node in nodes:
             self.speakers.setdefault(node.speaker, node.role)
-        topics = [words.split() for words in segment.topics]
-        words = list(itertools.chain.from_iterable(topics))
-        new = [word for word in dict.fromkeys(words) if word not in self._vocabulary]
-        self._vocabulary.update(zip(new, itertools.count(len(self._vocabulary)), strict=False))
         codes = {who: code for code, who in enumerate(self.speakers)}
-        columns = (
-            [self._rows[h] for h in hashes], [codes[node.speaker] for node in nodes],
-            [node.said_at / DAY for node in nodes], segment.story_days, list(map(len, topics)),
-            *zip(*segment.traits, strict=True),
-        )  # fmt: skip
-        for column, values in zip(self._columns, columns, strict=True):
+        places = [self._rows[h] for h in hashes], [codes[n.speaker] for n in nodes], [n.said_at / DAY for n in nodes]
+        for column, values in zip(self._columns, (*places, *columns), strict=True):
             column.extend(values)
-        self._topics.extend([self._vocabulary[w] for w in words])
-        self._word_uses.extend(np.zeros(len(new)))
-        np.add.at(self._word_uses.values, self._topics.values[len(self._topics.values) - len(words) :], 1)
-        first = max(1, len(self._hashes) - len(nodes))
-        self._traits["answer"].values[first:] = self._traits["question"].values[first - 1 : -1] > 0
+
+    def kept(self) -> bytes:
+        """What `follow` restores of an index that has no vectors and was only added to: what it knows by its texts
+        alone, as arrays (NumPy's .npz). Empty where this Python's SQLite cannot give a table as bytes."""
+        if not hasattr(self._words, "serialize"):
+            return b""
+        self._words.commit()
+        _, _, _, *columns = self._columns
+        arrays = {
+            "texts": text_array(texts_key(self._hashes)), "table": np.frombuffer(self._words.serialize(), np.uint8),
+            "lengths": self._lengths.values, "chunks": np.array([self._chunks[h] for h in self._hashes], np.int16),
+            "single": np.array([h in self._split for h in self._hashes], bool),
+            "languages": text_array(" ".join(self._spoken)), "words": text_array(" ".join(self._vocabulary)),
+            "topics": self._topics.values.astype(np.int32),
+        }  # fmt: skip
+        file = io.BytesIO()
+        np.savez(file, *(column.values for column in columns), **arrays)
+        return file.getvalue()
+
+    def _restore(self, nodes: Branch, store: ChatStore) -> int:
+        """Makes an empty index that of a branch's beginning, where the store keeps what is known of it; returns of how
+        many messages."""
+        try:
+            kept = np.load(io.BytesIO(store.derived_bytes("index")), allow_pickle=False)
+            languages, words = (array_text(kept[name]).split() for name in ("languages", "words"))
+            start = nodes[: len(languages)]
+            hashes = [node.fingerprint for node in start]
+            if array_text(kept["texts"]) != texts_key(hashes):
+                return 0
+            self._rows = dict(zip(dict.fromkeys(hashes), itertools.count(), strict=False))
+            self._vocabulary = dict(zip(words, itertools.count(), strict=False))
+            self._words.deserialize(kept["table"].tobytes())
+            columns = [kept[f"arr_{i}"] for i in range(2 + len(TRAITS))]
+            texts = self._words.execute("SELECT count(*) FROM texts_docsize").fetchone()[0]
+            if texts != len(self._rows) or {*map(len, columns)} != {len(hashes)}:
+                raise ValueError("not of these texts")
+            self._lengths.extend(kept["lengths"])
+            self._terms = int(self._lengths.values.sum())
+            self._topics.extend(kept["topics"])
+            self._word_uses.extend(np.bincount(self._topics.values, minlength=len(words)))
+            self._languages.update(languages)
+            segment = Segment(languages, (), kept["chunks"].tolist(), kept["single"].tolist(), (), (), ())
+            self._append(start, hashes, segment, columns)
+            self.kept_count = len(hashes)
+            return len(hashes)
+        except (EOFError, zipfile.BadZipFile, sqlite3.Error, *SENSELESS):  # none is there, or not a sound one
+            self._clear()
+            return 0
 
     @property
     def bytes(self) -> int:
@@ -7993,16 +8069,31 @@ class Chat:
             taken.update(some)
         return taken
 
+    @property
+    def outgrown(self) -> bool:
+        """Whether its branch is much longer than what the store keeps of its index."""
+        kept = self.index.kept_count
+        return self.tree.length(self.store.head) - kept >= max(LEAST_KEPT, kept // KEPT_GROWTH)
+
     def keep_derived(self, stop: Callable[[], bool]) -> None:
         """Has the store keep the tree, and what an index knows of the current branch's texts, so that the chat is soon
         opened; lets go of the lock after each few."""
         with self.lock:
-            pieces = segments_of(self.tree.branch(self.store.head), 0, Counter(), self.store.read, self.store)
-        left = True
-        while left and not stop():
+            nodes = self.tree.branch(self.store.head)
+            texts = [node.fingerprint for node in nodes]
+            pieces = segments_of(nodes, 0, Counter(), self.store.read, self.store)
+        index, piece = MemoryIndex(), True
+        while piece and not stop():
             with self.lock:
-                left = next(pieces, None)
+                piece = next(pieces, None)
+            if piece and len(piece[0]) == SEGMENT:
+                index.put_on(*piece)
+        kept = index.kept() if not piece and len(nodes) >= LEAST_KEPT else b""
         with self.lock:
+            self.index.kept_count = len(nodes)  # also where it cannot be kept: it would be tried after every turn
+            newest = self.tree.branch(self.store.head)[: len(texts)]
+            if kept and texts == [node.fingerprint for node in newest]:  # none was forgotten meanwhile
+                self.store.put_derived("index", kept)
             self.store.keep_tree()
             self.store.commit()
 
@@ -13864,7 +13955,8 @@ class Vectors:
                 self._background.give_way()
                 return self._closed or halted.is_set()
 
-            if len(ids) >= SEGMENT:  # an import, or a long chat that is shown for the first time
+            # An import, a long chat that is shown for the first time, or one that has become long.
+            if len(ids) >= SEGMENT or chat.outgrown:
                 with contextlib.suppress(StoreError):  # it is but faster so
                     chat.keep_derived(stop)
             self.embed(chat, ids, stop)

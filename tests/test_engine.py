@@ -123,6 +123,21 @@ def test_two_first_requests_with_one_explicit_id_make_one_branch(memory):
         assert memory.describe(chat_id)["stored"] == 9
 
 
+def test_what_is_known_of_a_chat_that_has_become_long_is_kept(server, monkeypatch):
+    """For its next opening, and anew when it has grown by much; turn by turn it is never an import."""
+    monkeypatch.setattr(pm, "SEGMENT", 4)
+    monkeypatch.setattr(pm, "LEAST_KEPT", 8)
+    said, known = [PERSONA], 0
+    for number in range(10):
+        said.append({"role": "user", "content": f"Boat {number} is in."})
+        said.append({"role": "assistant", "content": say(server.url, said, chat_id="long").text})
+        if number in (4, 9):
+            chat = open_chat(server, "long")
+            wait_until(functools.partial(lambda c, before: c.index.kept_count > before and not c.outgrown, chat, known))
+            known = chat.index.kept_count
+    assert open_chat(server, "long").store.derived_bytes("index")
+
+
 def test_content_of_null_takes_a_block_in_front():
     """A message that only calls tools has no text."""
     assert pm.preceded({"role": "assistant", "content": None}, "BLOCK")["content"] == "BLOCK"
@@ -525,7 +540,7 @@ def test_a_pin_makes_no_index_anew(memory, monkeypatch):
         with chat.lock:
             chat.follow(chat.nodes(chat.path()), memory.embedder)
         memory.archive.change_message("c", chat.path()[1], {"pinned": True})
-        monkeypatch.setattr(chat.index, "_put_on", lambda *_: pytest.fail("the index was made anew"))
+        monkeypatch.setattr(chat.index, "put_on", lambda *_: pytest.fail("the index was made anew"))
         with chat.lock:
             chat.follow(chat.nodes(chat.path()), memory.embedder)
 
@@ -606,7 +621,7 @@ def test_an_imported_chat_is_read_for_its_index_in_the_background(memory, monkey
     monkeypatch.setattr(memory.vectors, "embed", lambda *_: None)
     memory.archive.append("c", [LONG[0] | {"content": f"Line {n}."} for n in range(3 * pm.SEGMENT)])
     with memory.registry.borrow("c") as chat:
-        wait_until(lambda: stored_rows(chat.store) == 3 + 1)  # and the tree
+        wait_until(lambda: stored_rows(chat.store) == 3 + 2)  # the tree, and the index as a whole
     monkeypatch.setattr(pm, "message_rows_of", lambda cache: pytest.fail("all messages were read"))
     assert read_at_opening(memory, monkeypatch)[0] == []
 

@@ -2,13 +2,18 @@
 
 import contextlib
 import functools
+import io
 import sqlite3
+import tempfile
+import zlib
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
-from chats import ROLE_PLAY, Encoder, asked, chat, followed, indexed, newest_first, read_chat, recall_at
-from hypothesis import given
+from chats import ROLE_PLAY, Encoder, asked, chat, followed, indexed, newest_first, nodes_of, read_chat, recall_at
+from hypothesis import HealthCheck, given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
@@ -571,6 +576,104 @@ def test_an_index_that_has_followed_others_is_as_a_fresh_one(branches, step):
         old, new = (some.evidence(words, TEXT_VECTORS[1, 1]) for some in (index, fresh))
         for known, made in zip(arrays_of(old), arrays_of(new), strict=True):
             assert known == pytest.approx(made, rel=1e-4, abs=1e-5)
+
+
+def same_evidence(index, other):
+    """Whether both say the same of their messages, as exactly as numbers are kept."""
+    pairs = [(arrays_of(some), arrays_of(more)) for some, more in zip(index, other, strict=True)]
+    return all(np.array_equal(a, b) for one, two in pairs for a, b in zip(one, two, strict=True))
+
+
+def told_by(index, messages):
+    """All that an index tells, once it has vectors; it is followed already."""
+    with_vectors(index, messages)
+    told = [index.evidence(words, TEXT_VECTORS[1, 1]) for words in (["plum"], ["sea", "boat"])]
+    lists = list(index.speakers.items()), index.language, index.unembedded, index.unsplit, index.noise()
+    return told, lists
+
+
+def kept_chat(folder, messages):
+    """A chat of those messages, with what the index knows of their texts kept."""
+    opened = pm.Chat(Path(folder) / "c")
+    opened.store.commit(messages, {"head": messages[-1].id if messages else pm.ROOT})
+    opened.keep_derived(lambda: False)
+    return opened
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Short chats are kept as long ones are."""
+    monkeypatch.setattr(pm, "SEGMENT", 3)
+    monkeypatch.setattr(pm, "LEAST_KEPT", 6)
+
+
+@trials(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXTS, TEXTS, st.booleans())
+def test_an_index_whose_texts_are_known_is_as_a_fresh_one(short_pieces, lines, more, same):
+    """However the branch goes on; and where it begins in other words, it is not taken for the one that was kept."""
+    branch = chat(*(lines if same else [("Bo", SAID[0]), *lines]), *more)
+    known = chat(*lines)[: len(lines) // 3 * 3]
+    begins = [m.fingerprint for m in known] == [m.fingerprint for m in branch[: len(known)]]
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(kept_chat(folder, chat(*lines))) as opened:
+        restored, by_id = pm.MemoryIndex(), {m.id: m for m in branch}
+        lacking = restored.follow(nodes_of(branch), lambda ids: [by_id[i] for i in ids], opened.store)
+        assert restored.kept_count == (len(known) if begins and len(lines) >= pm.LEAST_KEPT else 0)
+        made, fresh = (told_by(index, branch) for index in (restored, followed(pm.MemoryIndex(), branch)))
+        assert same_evidence(made[0], fresh[0]) and made[1] == fresh[1]
+        assert lacking == pm.MemoryIndex().follow(nodes_of(branch), lambda ids: [by_id[i] for i in ids])
+
+
+def zipped(**arrays) -> bytes:
+    """As the store keeps arrays."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return zlib.compress(file.getvalue())
+
+
+def test_an_index_is_not_restored_from_what_is_damaged(short_pieces, tmp_path):
+    """It costs no more than time: all is made of the messages."""
+    messages = chat(*(("Ann", f"{text} {n}") for n, text in enumerate(SAID * 2)))
+    with contextlib.closing(kept_chat(tmp_path, messages)) as opened:
+        sound = dict(np.load(io.BytesIO(opened.store.derived_bytes("index"))))
+        fresh = followed(pm.MemoryIndex(), messages).evidence(["plum"], None)
+        other_table = pm.table_of_texts()
+        no_table = {**sound, "table": np.frombuffer(b"no table" * 512, np.uint8)}
+        others = {**sound, "table": np.frombuffer(other_table.serialize(), np.uint8)}
+        fewer = {**sound, "arr_1": sound["arr_1"][1:]}
+        lost = {name: array for name, array in sound.items() if name != "topics"}
+        kept = [
+            b"no longer what it was",
+            zlib.compress(b"nor this"),
+            5,
+            "text",
+            *(zipped(**a) for a in (no_table, others, fewer, lost)),
+        ]
+        for damaged, count in (*((some, 0) for some in kept), (zipped(**sound), len(messages) // 3 * 3)):
+            with opened.store._database.use() as cache:
+                cache.set("t:index", damaged)
+            index = pm.MemoryIndex()
+            index.follow(opened.tree.branch(opened.store.head), opened.store.read, opened.store)
+            assert index.kept_count == count
+            assert same_evidence([index.evidence(["plum"], None)], [fresh])
+
+
+def test_what_was_forgotten_meanwhile_is_not_kept(short_pieces, tmp_path):
+    """What is known of many texts is put together while the user works on."""
+    messages = chat(*(("Ann", f"{text} {n}") for n, text in enumerate(SAID * 2)))
+    with contextlib.closing(pm.Chat(tmp_path / "c")) as opened:
+        opened.store.commit(messages, {"head": messages[-1].id})
+
+        def reword() -> bool:
+            """As a user does in the middle of it."""
+            opened.store.commit(marked=[replace(messages[1], content="Other words.", shown=messages[1].content)])
+            return False
+
+        opened.keep_derived(reword)
+        assert opened.store.derived_bytes("index") == b""
+        opened.keep_derived(lambda: True)  # the program ends
+        assert opened.store.derived_bytes("index") == b""
+        opened.keep_derived(lambda: False)
+        assert opened.store.derived_bytes("index")
 
 
 def test_sentences_vectors_are_those_that_the_store_keeps(tmp_path):
