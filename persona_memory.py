@@ -3629,6 +3629,7 @@ DIGEST_PIECES, DIGEST_PIECE = 16, 4096  # of a weights file that tell it from ot
 MAX_EMBEDDED = 4000  # characters; MiniLM reads 256 tokens, and tokenizing megabytes to drop them takes seconds
 TURN, QUERY, BACKGROUND = 0, 1, 2  # priorities of encoding jobs
 MOST_FORESEEN = 16  # jobs that nobody has asked for yet
+CALM_SECONDS, CALM_TRIES = 1.0, 3  # without a turn, before the model is made faster; so often it is waited for
 FIRST_PACE = 0.1  # seconds that an urgent job is thought to take until the first has been timed
 # What sentence-transformers and transformers import to train, to evaluate and to compile models, and encoding never
 # calls: 110 MB, and half of the time that loading takes.
@@ -3699,6 +3700,7 @@ class Embedder:
         self._numbers = itertools.count()
         self._started = threading.Lock()
         self._closed = False
+        self._ending = threading.Event()  # set when it is closed
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
         # What has been foreseen and not been asked for yet, by its texts and queries; the oldest is given up.
         self._foreseen: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Future] = OrderedDict()
@@ -3816,6 +3818,7 @@ class Embedder:
     def close(self) -> None:
         """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
         self._closed = True
+        self._ending.set()
         self._refuse_all()
         self._jobs.put((TURN, next(self._numbers), EncodingJob([], [])))  # wakes the thread, which then ends
         if self._thread and self.loaded.is_set():  # a program that ends while torch works is aborted by it
@@ -3862,6 +3865,12 @@ class Embedder:
             self._word_vectors = WordVectors(self._model)
 
     def _quicken(self) -> None:
+        for _ in range(CALM_TRIES):  # turns that have waited for the model go first: both would share the interpreter
+            asked = self._asked_at
+            if self._ending.wait(CALM_SECONDS):
+                return
+            if self._asked_at == asked:
+                break
         self._model = faster(self._model)
         self._note_words()  # of the copy: the first table would keep the other model in RAM
         with contextlib.suppress(Exception):  # a model of another build, or one that cannot be traced

@@ -243,6 +243,20 @@ def test_a_traced_model_gives_the_vectors_that_it_gave():
         assert (before * after).sum(axis=1).min() >= pm.SAME_VECTORS
 
 
+def test_a_program_that_ends_does_not_wait_to_make_its_model_faster(monkeypatch):
+    """Which it puts off until no turn has come for a moment."""
+    begun, faster = threading.Event(), pm.faster
+    monkeypatch.setattr(pm, "CALM_SECONDS", 3600)
+    monkeypatch.setattr(pm, "faster", lambda model: begun.set() or faster(model))
+    embedder = pm.Embedder("all-MiniLM-L6-v2")
+    embedder.start()
+    assert embedder.loaded.wait(60)
+    wait_until(lambda: any(thread.name == "quicken" for thread in threading.enumerate()))
+    embedder.close()
+    wait_until(lambda: all(thread.name != "quicken" for thread in threading.enumerate()))
+    assert not begun.is_set()
+
+
 def test_a_traced_model_meets_few_lengths(monkeypatch):
     """What it has code for is kept for ever."""
     traced, met = pm.TracedModel(pm.load_sentence_transformer("all-MiniLM-L6-v2").model), set()

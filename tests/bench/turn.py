@@ -107,6 +107,7 @@ class Stock:
             with memory.registry.borrow(f"chat-{n}") as chat:
                 chat.keep_derived(lambda: False)  # as the background does after an import
                 memory.feelings.read_ahead(chat, chat.path(), lambda: False)
+        memory.registry.catalogue.note_embedder(self.embedder.key)  # else the program looks through all vectors first
         memory.registry.close()
 
 
