@@ -8099,10 +8099,11 @@ class Chat:
                 index.put_on(*piece)
         kept = index.kept() if not piece and len(nodes) >= LEAST_KEPT else b""
         with self.lock:
-            self.index.kept_count = len(nodes)  # also where it cannot be kept: it would be tried after every turn
             newest = self.tree.branch(self.store.head)[: len(texts)]
-            if kept and texts == [node.fingerprint for node in newest]:  # none was forgotten meanwhile
-                self.store.put_derived("index", kept)
+            if not piece and texts == [node.fingerprint for node in newest]:  # none was forgotten meanwhile
+                self.index.kept_count = len(nodes)  # also where it cannot be kept: each turn would try it again
+                if kept:
+                    self.store.put_derived("index", kept)
             self.store.keep_tree()
             self.store.commit()
 
