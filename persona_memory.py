@@ -4245,6 +4245,9 @@ def undistributed() -> Iterator[None]:
         torch.distributed.is_available = available
 
 
+model_loading = threading.Lock()  # what is stood in for meanwhile is the process's own
+
+
 def load_sentence_transformer(name: str) -> Any:
     """The model of that name: the copy that an installed package carries, else a path or a hub name."""
     path, (bare, size) = embedder_path(name), sized_name(name)
@@ -4258,13 +4261,14 @@ def load_sentence_transformer(name: str) -> Any:
 
     # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    try:
-        with undistributed(), deferring_imports(UNUSED_BY_ENCODING):
+    with model_loading:
+        try:
+            with undistributed(), deferring_imports(UNUSED_BY_ENCODING):
+                return sentence_transformer(path, size)
+        except Exception:  # another version, or another model, may need more of them
+            for module in [m for m in sys.modules if m.partition(".")[0] in ("sentence_transformers", "transformers")]:
+                del sys.modules[module]
             return sentence_transformer(path, size)
-    except Exception:  # another version, or another model, may need more of them
-        for module in [m for m in sys.modules if m.partition(".")[0] in ("sentence_transformers", "transformers")]:
-            del sys.modules[module]
-        return sentence_transformer(path, size)
 
 
 def sentence_transformer(path: str, dimensions: int | None) -> Any:
@@ -4395,6 +4399,10 @@ class OwnModel:
     @functools.cached_property
     def model(self) -> Any:
         """The loaded model."""
+        with model_loading:
+            return self._load()
+
+    def _load(self) -> Any:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -4414,9 +4422,7 @@ class EmotionModel(OwnModel):
         )
         return [grouped_reading((row["label"], row["score"]) for row in rows_of_one) for rows_of_one in rows]
 
-    @functools.cached_property
-    def model(self) -> Any:
-        """transformers' pipeline."""
+    def _load(self) -> Any:
         from transformers import pipeline
 
         return pipeline("text-classification", model=self.name, device="cpu")
@@ -4438,9 +4444,7 @@ class Reranker(OwnModel):
         scores = self.ask(lambda: self.model.predict(pairs, batch_size=MODEL_BATCH, show_progress_bar=False), timeout)
         return np.argsort(-np.asarray(scores, np.float32), kind="stable").tolist()
 
-    @functools.cached_property
-    def model(self) -> Any:
-        """The CrossEncoder; raises `ValueError` for one that gives more than one score a pair."""
+    def _load(self) -> Any:
         from sentence_transformers import CrossEncoder
 
         model = CrossEncoder(self.name, device="cpu")
