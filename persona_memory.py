@@ -5422,6 +5422,7 @@ KEPT_REPORTS = 50
 KEYS_AT_ONCE = 500  # in one query: older SQLites take 999
 MANY_KEYS, VERY_MANY_KEYS = 50, 2000  # more than a turn asks for, and than a piece of background work
 MOST_UNREADABLE = 10_000  # rows of a damaged chat
+SET_HEAD = 4  # bytes before several vectors: how many these are, little-endian
 KEPT_GENERATIONS = 1000  # changes that another process may lag behind before it reads a chat anew
 STORE_FORMAT = 3  # of a chat's rows; a chat of a higher one was written by a newer version of this program
 UNKEPT = "New messages cannot be saved"
@@ -5829,32 +5830,50 @@ def blobs_of(
         cache._sql("PRAGMA shrink_memory")
 
 
-def sound_vectors(
-    names: Sequence[str], counts: np.ndarray, lengths: np.ndarray, values: bytes, kind: type, slack: float
+def vector_sets(
+    names: Sequence[str], counts: np.ndarray, lengths: np.ndarray, values: bytes, kind: type
 ) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
     """The vectors under each name, of their counts and the lengths in bytes of their values (numbers of that `kind`),
-    which lie end to end: names, counts, and all vectors, float32 [sum of counts, dimensions]; for each number of
-    dimensions once, that of the most names first.
-
-    A name is left out whose bytes hold no such count, or vectors whose squared length is not 1, but for some `slack`.
-    """
+    which lie end to end: names, counts, and all vectors, [sum of counts, dimensions] of that kind; for each number of
+    dimensions once, that of the most names first. A name is left out whose bytes hold no such count."""
     width, ends = np.dtype(kind).itemsize, np.cumsum(lengths)
     sizes = lengths // np.maximum(counts * width, 1)
     sizes[sizes * counts * width != lengths] = 0
     for size, _ in Counter(sizes[sizes > 0].tolist()).most_common():
-        mine, own, raw = np.flatnonzero(sizes == size), counts, values
+        mine, own, raw, names_here = np.flatnonzero(sizes == size), counts, values, names
         if len(mine) < len(names):
             raw = b"".join(values[ends[i] - lengths[i] : ends[i]] for i in mine.tolist())
             names_here, own = [names[i] for i in mine.tolist()], counts[mine]
-        else:
-            names_here = names
-        rows = np.frombuffer(raw, kind).astype(np.float32, copy=False).reshape(-1, size)
-        fits = np.abs(np.einsum("ij,ij->i", rows, rows) - 1) < slack
-        if not fits.all():
-            owners = np.repeat(np.arange(len(own)), own)
-            whole = np.bincount(owners, ~fits, len(own)) == 0
-            names_here, own, rows = list(itertools.compress(names_here, whole)), own[whole], rows[whole[owners]]
-        yield names_here, own, rows
+        yield names_here, own, np.frombuffer(raw, kind).reshape(-1, size)
+
+
+def whole_sets(
+    names: Sequence[str], counts: np.ndarray, rows: np.ndarray, sound: np.ndarray
+) -> tuple[Sequence[str], np.ndarray, np.ndarray]:  # fmt: skip
+    """Sets of vectors that lie end to end, without those of which one is not `sound` (bool [rows])."""
+    if sound.all():
+        return names, counts, rows
+    owners = np.repeat(np.arange(len(counts)), counts)
+    whole = np.bincount(owners, ~sound, len(counts)) == 0
+    return list(itertools.compress(names, whole)), counts[whole], rows[whole[owners]]
+
+
+def of_unit_length(rows: np.ndarray, slack: float) -> np.ndarray:
+    """Which vectors' squared length is 1, but for some `slack`: bool [rows]."""
+    return np.abs(np.einsum("ij,ij->i", rows, rows) - 1) < slack
+
+
+def vector_codes(vectors: np.ndarray) -> np.ndarray:
+    """Unit vectors as int8, [n, dimensions]: each is scaled so that its greatest number is 127 or -127 (Dettmers et al.
+    2022, "LLM.int8()": absmax quantization). The scale need not be kept, for the length is known. That costs 0.0005 of
+    a cosine."""
+    greatest = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), np.float32(1e-9))
+    return np.rint(vectors * (np.float32(127) / greatest)).astype(np.int8)
+
+
+def are_codes(rows: np.ndarray) -> np.ndarray:
+    """Which rows can be `vector_codes`: bool [rows]."""
+    return np.maximum(rows.max(axis=1), -rows.min(axis=1).astype(np.int16)) == 127
 
 
 def message_rows_of(cache: SharedCache) -> Iterator[dict]:
@@ -5884,11 +5903,12 @@ class ChatStore:
     """One chat on disk: messages, vectors and prompt reports. The tree's skeleton and the newest messages are in RAM.
 
     Rows: `m:<id>` a message (JSON), `k:<digest>` the marks of a text by speaker, `s:<id>` a summary, `f:<id>` a fact,
-    `v:<embedder>:<hash>` a vector (float32 bytes), `e:<reader>:<hash>` emotion scores, `t:<hash>` what the index knows
-    of some texts, `t:index` and `t:tree` what it knows of a branch's and what is known of all messages (see `derived`),
-    `p:<number>` a prompt report, `info` what is known of the chat, `format` the rows' format, `generation` a counter of
-    changes with `g:<n>` naming the messages (the keys of other rows, and `d:<id>` for a message taken out) that change
-    n touched, so that another process on the same folder can catch up. Messages are
+    `v:<embedder>:<hash>` a vector (float32 bytes), `q:<embedder>:<hash>` those of a text's sentences (their count, 4
+    bytes, and `vector_codes`; `c:<embedder>:<hash>` in chats of before, float16), `e:<reader>:<hash>` emotion scores,
+    `t:<hash>` what the index knows of some texts, `t:index` and `t:tree` what it knows of a branch's and what is known
+    of all messages (see `derived`), `p:<number>` a prompt report, `info` what is known of the chat, `format` the rows'
+    format, `generation` a counter of changes with `g:<n>` naming the messages (the keys of other rows, and `d:<id>` for
+    a message taken out) that change n touched, so that another process on the same folder can catch up. Messages are
     written as their marks make them, so that whoever reads one reads it marked.
 
     Every method takes `lock`, which is the chat's; hold it across calls that belong together.
@@ -6176,7 +6196,7 @@ class ChatStore:
         all derived rows: they hold many messages' words, and are soon made again."""
         texts = {text_fingerprint(m.name, text) for m in messages for text in (m.content, m.original)}
         texts -= {f for n in self.tree.nodes.values() for f in (n.fingerprint, n.shown)}
-        keys = cache._sql("SELECT key FROM Cache WHERE substr(key, 1, 2) IN ('v:', 'c:', 'e:', 't:')")
+        keys = cache._sql("SELECT key FROM Cache WHERE substr(key, 1, 2) IN ('v:', 'q:', 'c:', 'e:', 't:')")
         for (key,) in keys.fetchall():
             if (key[:2] == "t:" and messages) or text_of_key(key.rpartition(":")[2]) in texts:
                 cache.delete(key)
@@ -6247,21 +6267,43 @@ class ChatStore:
             there = {h: values for h, values in arrays.items() if text_of_key(h) not in self._gone}
             put_values(cache, {f"{prefix}:{h}": v.astype(np.float32).tobytes() for h, v in there.items()})
 
-    def vector_rows(
-        self, embedder: str, keys: Collection[str], sentences: bool = False
+    def vector_rows(self, embedder: str, keys: Collection[str]) -> Iterator[tuple[Sequence[str], np.ndarray]]:
+        """The stored vectors of those keys, hundreds at a time: keys, and float32 [keys, dimensions]; those that are
+        not of unit length are left out."""
+        for names, counts, rows in self._vector_sets(f"v:{embedder}:", keys, np.float32):
+            found, _, rows = whole_sets(names, counts, rows, of_unit_length(rows, 2e-3))
+            yield found, rows
+
+    def sentence_codes(
+        self, embedder: str, hashes: Collection[str]
     ) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
-        """The stored vectors of those keys, or those of the `sentences` of those text hashes, hundreds at a time, as
-        `sound_vectors` gives them."""
+        """The stored vectors of the sentences of texts, by text hash, hundreds at a time: hashes, how many vectors each
+        has, and all of them as `vector_codes`."""
+        left = dict.fromkeys(hashes)
+        for names, counts, rows in self._vector_sets(f"q:{embedder}:", hashes, np.int8, counted=True):
+            found = whole_sets(names, counts, rows, are_codes(rows))
+            for name in found[0]:
+                del left[name]
+            yield found
+        for names, counts, halves in self._vector_sets(f"c:{embedder}:", left, np.float16, counted=True):
+            rows = halves.astype(np.float32)
+            found, counts, rows = whole_sets(names, counts, rows, of_unit_length(rows, 2e-2))
+            yield found, counts, vector_codes(rows)
+
+    def _vector_sets(
+        self, prefix: str, keys: Collection[str], kind: type, counted: bool = False
+    ) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
+        """The `vector_sets` under those keys: one vector each, or, `counted`, as many as the first bytes say."""
+        head = SET_HEAD if counted else 0
         with self._database.use() as cache:
-            prefix, head, *rules = ("c", 4, np.float16, 2e-2) if sentences else ("v", 0, np.float32, 2e-3)
-            for names, lengths, heads, values in blobs_of(cache, f"{prefix}:{embedder}:", keys, head):
-                counts = np.frombuffer(heads, "<u4").astype(np.int64) if sentences else np.ones_like(lengths)
-                yield from sound_vectors(names, counts, lengths - head, values, *rules)
+            for names, lengths, heads, values in blobs_of(cache, prefix, keys, head):
+                counts = np.frombuffer(heads, "<u4").astype(np.int64) if counted else np.ones_like(lengths)
+                yield from vector_sets(names, counts, lengths - head, values, kind)
 
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""
         found: dict[str, np.ndarray] = {}
-        for names, _, rows in self.vector_rows(embedder, list(hashes)):
+        for names, rows in self.vector_rows(embedder, list(hashes)):
             found.update(zip(names, rows, strict=True))
         return found
 
@@ -6269,12 +6311,12 @@ class ChatStore:
         """Stores vectors by text hash: a text is embedded once, on however many branches it stands."""
         self._put_arrays(f"v:{embedder}", vectors)
 
-    def put_sentence_vectors(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
-        """Stores the vectors of texts' sentences by text hash, as float16: half of the disk for 0.0005 of a cosine."""
+    def put_sentence_codes(self, embedder: str, codes: Mapping[str, np.ndarray]) -> None:
+        """Stores the vectors of texts' sentences by text hash, as `vector_codes`."""
         with self._database.transaction() as cache:
-            rows = {h: vectors[h].astype(np.float16) for h in vectors.keys() - self._gone}
-            stored = {h: len(some).to_bytes(4, "little") + some.tobytes() for h, some in rows.items()}
-            put_values(cache, {f"c:{embedder}:{h}": value for h, value in stored.items()})
+            rows = {h: codes[h] for h in codes.keys() - self._gone}
+            stored = {h: len(some).to_bytes(SET_HEAD, "little") + some.tobytes() for h, some in rows.items()}
+            put_values(cache, {f"q:{embedder}:{h}": value for h, value in stored.items()})
 
     def readings(self, reader: str, hashes: Iterable[str]) -> dict[str, list[float]]:
         """The stored emotion scores by text hash, in the order of EMOTIONS; those that make no sense are left out."""
@@ -7274,46 +7316,31 @@ def dot_products(asked: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return found
 
 
-class VectorTable:
-    """Unit vectors with the rows they belong to; a row may have several.
+class CodeTable:
+    """Unit vectors as `vector_codes`, with the rows they belong to; a row may have several. A search must read a
+    quarter of the bytes of float32."""
 
-    They are scored as int8, each with a scale of its own: of the bytes that a search must read a quarter, for 0.0005 of
-    a cosine. `exact` ones are kept in FAISS too, as float32.
-    """
-
-    def __init__(self, exact: bool) -> None:
-        self._flat: Any = None
-        self._exact = exact
+    def __init__(self) -> None:
         self._codes, self._scales, self._rows = Column(np.int8), Column(np.float32), Column(np.int64)  # by position
         self.count = 0
         self.size = 0  # the vectors' dimensions; 0 before there are any
-        self._vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
 
     @property
     def bytes(self) -> int:
         """What the vectors take in RAM."""
-        return self._codes.nbytes + self._vectors.nbytes
+        return self._codes.nbytes
 
-    def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
-        """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
-        first, self.count, self.size = self.count, self.count + len(vectors), vectors.shape[1]
-        scales = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-9)) / np.float32(127)
-        self._codes.extend(np.rint(vectors / scales[:, None]))
-        self._scales.extend(scales)
+    def add_codes(self, rows: Sequence[int], codes: np.ndarray) -> int:
+        """Adds vectors with the row of each; returns the position of the first."""
+        first, self.count, self.size = self.count, self.count + len(codes), codes.shape[1]
+        self._codes.extend(codes)
+        squares = np.asarray(simsimd.dot(codes, codes)) if len(codes) else ()
+        self._scales.extend(1 / np.sqrt(np.maximum(squares, 1)))
         self._rows.extend(rows)
-        if self._exact:
-            import faiss
-
-            self._flat = self._flat or faiss.IndexFlatIP(self.size)
-            self._flat.add(np.ascontiguousarray(vectors, np.float32))
-            held = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size)
-            self._vectors = held.reshape(self.count, self.size)
         return first
 
     def vectors(self, positions: np.ndarray | slice) -> np.ndarray:
-        """The vectors at those positions, float32 [n, dimensions]; where they are not exact, as they are scored."""
-        if self._exact:
-            return self._vectors[positions]
+        """The vectors at those positions, float32 [n, dimensions]."""
         return self._codes.values[positions] * self._scales.values[positions, None]
 
     def best(self, query: np.ndarray | None, rows: int) -> np.ndarray:
@@ -7325,6 +7352,35 @@ class VectorTable:
             cosines = dot_products(asked, self._codes.values) * (self._scales.values * np.float32(scale))
             np.maximum.at(best, self._rows.values, cosines)
         return best
+
+
+class VectorTable(CodeTable):
+    """The same of vectors that FAISS keeps too, as float32; a search scores their codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._flat: Any = None
+        self._vectors = np.zeros((0, 0), np.float32)  # FAISS's own memory, [count, dimensions]
+
+    @property
+    def bytes(self) -> int:
+        """What the vectors take in RAM."""
+        return super().bytes + self._vectors.nbytes
+
+    def add(self, rows: Sequence[int], vectors: np.ndarray) -> int:
+        """Adds vectors (float32 [n, dimensions]) with the row of each; returns the position of the first."""
+        import faiss
+
+        first = self.add_codes(rows, vector_codes(vectors))
+        self._flat = self._flat or faiss.IndexFlatIP(self.size)
+        self._flat.add(np.ascontiguousarray(vectors, np.float32))
+        held = faiss.rev_swig_ptr(self._flat.get_xb(), self.count * self.size)
+        self._vectors = held.reshape(self.count, self.size)
+        return first
+
+    def vectors(self, positions: np.ndarray | slice) -> np.ndarray:
+        """The vectors at those positions, float32 [n, dimensions], as they were added."""
+        return self._vectors[positions]
 
 
 @dataclass(frozen=True)
@@ -7447,7 +7503,7 @@ class MemoryIndex:
         self.speakers: dict[str, str] = {}  # in lower case -> role
         self._spoken: list[str] = []  # the messages' languages
         self._languages: Counter[str] = Counter()  # how many messages are in each
-        self._dense, self._sentences = VectorTable(exact=True), VectorTable(exact=False)
+        self._dense, self._sentences = VectorTable(), CodeTable()
         self._positions: dict[str, int] = {}  # vector key -> position in the table of messages' vectors
         self._embedded: set[str] = set()  # texts that have all their vectors
         self._unembedded: dict[str, None] = {}  # texts on the branch that have not, in the branch's order
@@ -7646,22 +7702,22 @@ class MemoryIndex:
         if not self._awaited.isdisjoint(whole):
             self._measured = UNMEASURED
 
-    def add_sentences(self, vectors: Mapping[str, np.ndarray]) -> None:
-        """Adds the vectors of texts' sentences (float32 [sentences, dimensions]) by text hash, where they are of the
-        same length as the messages' own."""
-        fits = {h: v for h, v in vectors.items() if v.ndim == 2 and v.shape[1] == self._dense.size}
+    def add_sentences(self, codes: Mapping[str, np.ndarray]) -> None:
+        """Adds the vectors of texts' sentences (`vector_codes`) by text hash, where they are of the same length as the
+        messages' own."""
+        fits = {h: some for h, some in codes.items() if some.ndim == 2 and some.shape[1] == self._dense.size}
         if fits:
             self.take_sentences(list(fits), np.array(list(map(len, fits.values()))), np.concatenate([*fits.values()]))
 
-    def take_sentences(self, hashes: Sequence[str], counts: np.ndarray, vectors: np.ndarray) -> None:
+    def take_sentences(self, hashes: Sequence[str], counts: np.ndarray, codes: np.ndarray) -> None:
         """The same of vectors that lie end to end, `counts` of each text."""
         fresh = np.array([h in self._rows and h not in self._split for h in hashes], bool)
-        if not fresh.any() or vectors.shape[1] != self._dense.size:
+        if not fresh.any() or codes.shape[1] != self._dense.size:
             return
         if not fresh.all():
-            vectors, counts = vectors[np.repeat(fresh, counts)], counts[fresh]
+            codes, counts = codes[np.repeat(fresh, counts)], counts[fresh]
             hashes = list(itertools.compress(hashes, fresh))
-        place = self._sentences.add(np.repeat([self._rows[h] for h in hashes], counts), vectors)
+        place = self._sentences.add_codes(np.repeat([self._rows[h] for h in hashes], counts), codes)
         ends = (place + np.cumsum(counts)).tolist()
         self._split.update(zip(hashes, map(range, [place, *ends], ends), strict=True))
         for text_hash in hashes:
@@ -8069,7 +8125,7 @@ class Chat:
     def follow(self, nodes: Sequence[Node], embedder: Embedder) -> MemoryIndex:
         """The index, made that of a whole branch, with the vectors that the store has."""
         if lacking := self.index.follow(nodes, self.store.read, self.store):
-            for keys, _, rows in self.store.vector_rows(embedder.key, self.index.keys_of(lacking)):
+            for keys, rows in self.store.vector_rows(embedder.key, self.index.keys_of(lacking)):
                 self.index.take_vectors(keys, rows)
             self.take_sentences(lacking, embedder)
         return self.index
@@ -8077,8 +8133,8 @@ class Chat:
     def take_sentences(self, hashes: Sequence[str], embedder: Embedder) -> set[str]:
         """Has the index take the vectors that the store has of texts' sentences; returns the hashes of those texts."""
         taken: set[str] = set()
-        for some, counts, rows in self.store.vector_rows(embedder.key, hashes, sentences=True):
-            self.index.take_sentences(some, counts, rows)
+        for some, counts, codes in self.store.sentence_codes(embedder.key, hashes):
+            self.index.take_sentences(some, counts, codes)
             taken.update(some)
         return taken
 
@@ -8120,9 +8176,9 @@ class Chat:
     def put_sentences(self, embedder: str, vectors: Mapping[str, np.ndarray]) -> None:
         """Keeps the vectors of texts' sentences by text hash, on disk and in the index."""
         with self.lock:
-            self.store.put_sentence_vectors(embedder, vectors)
-            # As the store keeps them, so that a chat that is opened anew finds the same.
-            self.index.add_sentences({h: v.astype(np.float16).astype(np.float32) for h, v in vectors.items()})
+            codes = {text_hash: vector_codes(some) for text_hash, some in vectors.items()}
+            self.store.put_sentence_codes(embedder, codes)
+            self.index.add_sentences(codes)
 
     def erase(self, digests: Collection[str]) -> None:
         """Erases the words of forgotten texts, on disk and in RAM."""
@@ -16891,7 +16947,7 @@ class PersonaMemory:
         token_encoding()  # this and the next three load what a first turn would wait for
         read_emotion("It is all here!")
         segment_of(["It was here in June, on the third day."], Counter())
-        VectorTable(exact=True).add([0], np.ones((1, 1), np.float32))
+        VectorTable().add([0], np.ones((1, 1), np.float32))
         with contextlib.suppress(StoreError):
             self.summarizer.start()
         self.registry.keep_erasing(self.settings.forget_after)

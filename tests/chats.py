@@ -45,7 +45,8 @@ def indexed(messages, encode=None):
     if encode:
         texts = {key: text for m in messages for key, text in pm.embedded_texts(m).items()}
         index.add_vectors(dict(zip(texts, encode(list(texts.values())), strict=True)))
-        index.add_sentences({m.fingerprint: encode(parts) for m in messages if (parts := pm.sentences(m.content))})
+        parts = {m.fingerprint: some for m in messages if (some := pm.sentences(m.content))}
+        index.add_sentences({h: pm.vector_codes(encode(some)) for h, some in parts.items()})
     return index
 
 

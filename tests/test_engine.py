@@ -438,8 +438,10 @@ def test_a_message_is_looked_up_on_disk_once_where_the_embedder_has_failed(memor
     monkeypatch.setattr(memory.vectors, "later", lambda *_: None)  # whose job looks them up too
     memory.archive.append("c", LONG)
     with memory.registry.borrow("c") as chat:
-        asked, rows = [], chat.store.vector_rows
-        monkeypatch.setattr(chat.store, "vector_rows", lambda *of, **kind: asked.extend(of[1]) or rows(*of, **kind))
+        asked = []
+        for name in ("vector_rows", "sentence_codes"):
+            rows = getattr(chat.store, name)
+            monkeypatch.setattr(chat.store, name, lambda *of, rows=rows: asked.extend(of[1]) or rows(*of))
         for _ in range(3):
             with chat.lock:
                 chat.follow(chat.nodes(chat.path()), memory.embedder)

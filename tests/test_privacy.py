@@ -138,10 +138,10 @@ def test_what_is_made_of_erased_words_too_late_is_not_kept(data_dir):
     def bring(store) -> list[int]:
         """How many vectors of the text and of its sentences are there after they were brought."""
         store.put_vectors("e", {h: rows[0] for h, rows in vectors.items()})
-        store.put_sentence_vectors("e", vectors)
+        store.put_sentence_codes("e", {h: pm.vector_codes(rows) for h, rows in vectors.items()})
         return [
             len(store.vectors("e", vectors)),
-            sum(len(names) for names, *_ in store.vector_rows("e", vectors, sentences=True)),
+            sum(len(names) for names, *_ in store.sentence_codes("e", vectors)),
         ]
 
     assert bring(chat.store) == bring(other) == [0, 0]

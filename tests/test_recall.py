@@ -551,7 +551,7 @@ def with_vectors(index, messages):
     followed(index, messages)
     own = {m.fingerprint: TEXT_VECTORS[SAID.index(m.content)] for m in messages if m.content != "sea?"}
     index.add_vectors({text: vectors[0] for text, vectors in own.items()})
-    index.add_sentences({text: vectors[1:] for text, vectors in own.items()})
+    index.add_sentences({text: pm.vector_codes(vectors[1:]) for text, vectors in own.items()})
     return index
 
 
@@ -684,7 +684,7 @@ def test_sentences_vectors_are_those_that_the_store_keeps(tmp_path):
         opened.index.follow(opened.nodes([message.id]), opened.store.read)
         opened.index.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
         opened.put_sentences("model", {message.fingerprint: TEXT_VECTORS[-1, 1:]})
-        ((_, _, kept),) = opened.store.vector_rows("model", [message.fingerprint], sentences=True)
+        ((_, _, kept),) = opened.store.sentence_codes("model", [message.fingerprint])
         again = followed(pm.MemoryIndex(), [message])
         again.add_vectors({message.fingerprint: TEXT_VECTORS[-1, 0]})
         again.add_sentences({message.fingerprint: kept})
@@ -716,7 +716,7 @@ def test_a_fact_in_long_prose_is_found_by_its_sentence():
     index, parts = followed(pm.MemoryIndex(), messages), pm.sentences(prose)
     assert len(parts) == 3 and index.unsplit == [messages[0].fingerprint]
     index.add_vectors({m.fingerprint: v for m, v in zip(messages, np.eye(4, dtype=np.float32), strict=False)})
-    index.add_sentences({messages[0].fingerprint: np.eye(4, dtype=np.float32)[[2, 2, 3]]})
+    index.add_sentences({messages[0].fingerprint: pm.vector_codes(np.eye(4, dtype=np.float32)[[2, 2, 3]])})
     assert index.unsplit == []
     evidence = index.evidence((), np.eye(4, dtype=np.float32)[3])
     assert evidence.sentence[0] > evidence.cosine[0] == evidence.cosine[1] == evidence.sentence[1]

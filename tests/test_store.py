@@ -14,6 +14,9 @@ import diskcache
 import numpy as np
 import pytest
 from fakes import wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import persona_memory as pm
 
@@ -192,20 +195,50 @@ def test_vectors_are_kept_by_text_and_broken_ones_are_left_out(store):
 
 
 @pytest.mark.parametrize("more", [0, pm.VERY_MANY_KEYS])
-def test_broken_vectors_cost_no_others(store, more):
+@pytest.mark.parametrize("kind", ["q", "c"])  # as they are kept, and as chats of before keep them
+def test_broken_vectors_cost_no_others(store, kind, more):
     """However many are read at once: those of a text are left out where one of them is broken, and no other text's."""
-    good = np.eye(3, 4, dtype=np.float32)
-    put(store, "c:model:short", b"1")
-    put(store, "c:model:count", (9).to_bytes(4, "little") + good.astype(np.float16).tobytes())
-    put(store, "c:model:none", bytes(4) + good.astype(np.float16).tobytes())
-    sets = {"one": good[:1], "long": good * 9, "three": good, "other": np.eye(2, 6)}
+    numbers, scale = {"q": (np.int8, 127), "c": (np.float16, 1)}[kind]
+    good = scale * np.eye(3, 4)
+
+    def stored(rows, count=None) -> bytes:
+        return (len(rows) if count is None else count).to_bytes(pm.SET_HEAD, "little") + rows.astype(numbers).tobytes()
+
+    sets = {"one": good[:1], "three": good, "other": scale * np.eye(2, 6)}
     sets |= {f"more{n}": np.roll(good, n, axis=1)[: 1 + n % 3] for n in range(more)}
-    store.put_sentence_vectors("model", sets)
+    broken = {"short": b"1", "count": stored(good, 9), "none": stored(good, 0), "dark": stored(good * [1, 1, 0, 1])}
+    if kind == "q":
+        broken["low"] = stored(-good - np.eye(3, 4))
+    for name, value in {**broken, **{name: stored(rows) for name, rows in sets.items()}}.items():
+        put(store, f"{kind}:model:{name}", value)
     found = {}
-    for names, counts, rows in store.vector_rows("model", ["short", "count", "none", "absent", *sets], sentences=True):
-        found |= zip(names, np.split(rows, np.cumsum(counts)[:-1]), strict=True)
-    del sets["long"]
-    assert {name: rows.tolist() for name, rows in found.items()} == {n: rows.tolist() for n, rows in sets.items()}
+    for names, counts, codes in store.sentence_codes("model", [*broken, "absent", *sets]):
+        found |= zip(names, np.split(codes, np.cumsum(counts)[:-1]), strict=True)
+    expected = {name: (127 * rows / scale).tolist() for name, rows in sets.items()}
+    assert {name: rows.tolist() for name, rows in found.items()} == expected
+
+
+def test_sentences_that_an_older_chat_keeps_are_found_beside_newer_ones(store):
+    """Each once."""
+    rows = np.eye(2, 4, dtype=np.float16)
+    put(store, "c:model:old", (2).to_bytes(pm.SET_HEAD, "little") + rows.tobytes())
+    put(store, "c:model:both", (2).to_bytes(pm.SET_HEAD, "little") + rows.tobytes())
+    store.put_sentence_codes("model", {h: pm.vector_codes(rows[::-1].astype(np.float32)) for h in ("new", "both")})
+    found = [(h, codes.tolist()) for (h,), _, codes in store.sentence_codes("model", ["old"])]
+    assert found == [("old", (127 * rows).tolist())]
+    names = [name for some, *_ in store.sentence_codes("model", ["old", "new", "both"]) for name in some]
+    assert sorted(names) == ["both", "new", "old"]
+
+
+@given(arrays(np.float32, (3, 8), elements=st.floats(-1, 1, width=32)))
+def test_codes_of_vectors_are_near_them_and_sound(rows):
+    """Whatever their numbers are, those of no length excepted."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    units = (rows / np.maximum(lengths, 1e-3))[lengths[:, 0] > 1e-3]
+    if len(units):
+        codes = pm.vector_codes(units).astype(float)
+        assert pm.are_codes(codes.astype(np.int8)).all()
+        assert np.allclose(codes / np.linalg.norm(codes, axis=1, keepdims=True), units, atol=0.006)
 
 
 def test_pickles_are_refused_both_ways(store, tmp_path):

@@ -297,7 +297,7 @@ def write_chat(registry: pm.ChatRegistry, chat_id: str, count: int, sentences: i
             chat.store.commit(some, {"head": some[-1].id})
             hashes = [message.fingerprint for message in some]
             chat.store.put_vectors(WRITTEN, dict(zip(hashes, units(len(some)), strict=True)))
-            chat.store.put_sentence_vectors(WRITTEN, {h: units(sentences) for h in hashes})
+            chat.store.put_sentence_codes(WRITTEN, {h: pm.vector_codes(units(sentences)) for h in hashes})
         registry.enter(chat, ())
 
 

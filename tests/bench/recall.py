@@ -480,7 +480,7 @@ def show_speed(count: int) -> None:
         adding.append(time.perf_counter() - start)
     index.add_vectors({n.fingerprint: v for n, v in zip(nodes, vectors, strict=True)})
     index._split.clear()  # made-up sentences, three to a message
-    index.add_sentences({n.fingerprint: vectors[[i, i - 1, i - 2]] for i, n in enumerate(nodes)})
+    index.add_sentences({n.fingerprint: pm.vector_codes(vectors[[i, i - 1, i - 2]]) for i, n in enumerate(nodes)})
     known = dice.normal(size=(len(vocabulary), pm.WORD_AXES)).astype(np.float32)
     known /= np.linalg.norm(known, axis=1, keepdims=True)
     places = {word: i for i, word in enumerate(vocabulary)}

@@ -90,11 +90,12 @@ class Stock:
             split = {text: pm.sentences(text) for text in texts}
             parts = iter(self.vectors([part for some in split.values() for part in some]))
             rows = {text: np.stack([next(parts) for _ in some]) for text, some in split.items() if some}
+            codes = {text: pm.vector_codes(some) for text, some in rows.items()}
             memory.archive.append(chat_id, some)
             with memory.registry.borrow(chat_id) as chat, chat.lock:
                 digests = {m["content"]: pm.text_fingerprint(None, m["content"]) for m in some}
                 chat.store.put_vectors(self.embedder.key, {digests[t]: v for t, v in whole.items()})
-                chat.store.put_sentence_vectors(self.embedder.key, {digests[t]: v for t, v in rows.items()})
+                chat.store.put_sentence_codes(self.embedder.key, {digests[t]: v for t, v in codes.items()})
 
     def folder(self, folder: str, count: int, chats: int = 1) -> None:
         """A data folder with so many messages in so many chats `chat-<n>`."""
