@@ -7117,8 +7117,9 @@ def within_reach(values: np.ndarray, reach: int, join: np.ufunc = np.maximum) ->
 
 
 class Column:
-    """An array that grows and shrinks at its end. It keeps a quarter of spare room, so that what is added costs little
-    however long it is; `values` are to be read before the next change."""
+    """An array that grows and shrinks at its end. Its room doubles, so that what is added costs little however long it
+    is: of a long array's spare room the system takes no memory before it is written. `values` are to be read before the
+    next change."""
 
     def __init__(self, dtype: Any) -> None:
         self._room = np.zeros(0, dtype)
@@ -7131,7 +7132,7 @@ class Column:
         if not len(self._room):
             self._room = fresh.copy()
         elif end > len(self._room):
-            room = np.empty((max(end, 5 * len(self._room) // 4, 64), *self._room.shape[1:]), self._room.dtype)
+            room = np.empty((max(end, 2 * len(self._room), 64), *self._room.shape[1:]), self._room.dtype)
             room[:start] = self.values
             self._room = room
         self._room[start:end] = fresh
@@ -7143,8 +7144,8 @@ class Column:
 
     @property
     def nbytes(self) -> int:
-        """What it takes in RAM."""
-        return self._room.nbytes
+        """About what it takes in RAM."""
+        return self.values.nbytes
 
 
 SCANNED_AT_ONCE = 16_384  # vectors; a quarter of a millisecond
