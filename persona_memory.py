@@ -3699,7 +3699,6 @@ class Embedder:
         self._jobs: queue.PriorityQueue = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._started = threading.Lock()
-        self._closed = False
         self._ending = threading.Event()  # set when it is closed
         self._urgent: set[Future] = set()  # jobs that somebody waits for with a timeout
         # What has been foreseen and not been asked for yet, by its texts and queries; the oldest is given up.
@@ -3775,7 +3774,7 @@ class Embedder:
 
     def _put(self, job: EncodingJob, priority: int) -> Future:
         self._jobs.put((priority, next(self._numbers), job))
-        if self._closed:
+        if self._ending.is_set():
             self._refuse_all()
         return job.future
 
@@ -3817,7 +3816,6 @@ class Embedder:
 
     def close(self) -> None:
         """Answers nobody any more. Who waits goes on without vectors: the program could not end before."""
-        self._closed = True
         self._ending.set()
         self._refuse_all()
         self._jobs.put((TURN, next(self._numbers), EncodingJob([], [])))  # wakes the thread, which then ends
@@ -3843,11 +3841,11 @@ class Embedder:
             words = f"The embedder {self.name} cannot be loaded, so memories are found by words alone: {error}"
             log_event("embedder_failed", words, level=logging.ERROR, model=self.name)
         self.loaded.set()
-        if self._model and not self._closed:  # what is there works: turns need not wait for something better
+        if self._model and not self._ending.is_set():  # what is there works: turns need not wait for something better
             # No daemon, as its maker is: a program that ends while torch works is aborted by it.
             threading.Thread(target=self._quicken, name="quicken", daemon=False).start()
         run_on(self._cores[1:])
-        while not self._closed:
+        while not self._ending.is_set():
             priority, number, job = self._jobs.get()
             if not job.wanted:
                 continue
@@ -7527,7 +7525,7 @@ class MemoryIndex:
         known = kept = self._nodes.shared(nodes)
         if kept == len(nodes) == len(self._nodes):
             return []
-        if store and not self._rows:
+        if store and not self._rows and len(nodes) >= LEAST_KEPT:
             kept = self._restore(nodes, store)
         gone = self._hashes[kept:]
         self._languages -= Counter(self._spoken[kept:])
@@ -7544,8 +7542,8 @@ class MemoryIndex:
         # They are numbered as they first spoke.
         self.speakers = dict(itertools.islice(self.speakers.items(), int(self._speaker_at.values.max(initial=-1)) + 1))
         self._nodes = nodes[:kept]
-        for column in (self._hashes, self._spoken):
-            del column[kept:]
+        for items in (self._hashes, self._spoken):
+            del items[kept:]
         self._take_off(gone)
         try:
             for some, segment in segments_of(nodes, kept, self._languages, read, store):
@@ -8364,9 +8362,9 @@ class ChatRegistry:
         self._lent: OrderedDict[str, Lending] = OrderedDict()  # by folder, the last used last
         self._lock = threading.Lock()
         self._starting = threading.Lock()
-        self._started = self._closed = False
+        self._started = False
         self._listed = threading.Event()  # set when every chat is in the catalogue
-        self._ending = threading.Event()
+        self._ending = threading.Event()  # set when it is closed
         self._troubles: dict[str, StoreError] = {}  # of chats that cannot be used, by folder
 
     def start(self) -> None:
@@ -8407,11 +8405,11 @@ class ChatRegistry:
         for folder, written in folders.items():
             if folder.name.startswith(DELETED):
                 shutil.rmtree(folder, ignore_errors=True)
-            elif not self._closed:
+            elif not self._ending.is_set():
                 try:
                     self._enter_or_remove(folder, written)
                 except (StoreError, OSError) as error:
-                    if folder.exists() and not self._closed:  # else it was deleted meanwhile
+                    if folder.exists() and not self._ending.is_set():  # else it was deleted meanwhile
                         words = f"The chat in {folder} cannot be read, so it is not listed: {error}"
                         log_event("unlisted", words, level=logging.WARNING)
         listed.set()
@@ -8469,7 +8467,7 @@ class ChatRegistry:
         """A chat's lending, with one borrower more; the chat is opened here where nobody has it open, and made where it
         is not there and `make` says so. Raises `ChatClosed` where the registry is closed."""
         with self._lock:
-            if self._closed:
+            if self._ending.is_set():
                 raise ChatClosed("the program is stopping")
             lending = self._lent.get(folder.name)
             opens = lending is None or lending.outdated
@@ -8717,9 +8715,8 @@ class ChatRegistry:
 
     def close(self) -> None:
         """Closes all files; waits for a chat that is being opened."""
-        self._ending.set()
         with self._lock:
-            self._closed = True
+            self._ending.set()
             lent = list(self._lent.values())
             self._lent.clear()
         for lending in lent:
