@@ -13,7 +13,7 @@ import persona_memory as pm
 
 SECRET = "Xanthippe"
 TOLD = [
-    {"role": "user", "content": f"My secret name is {SECRET}, born in Ostrava beside the old mule market."},
+    {"role": "user", "content": f"My secret name is {SECRET}, born in Ostrava. I slept above the mule market."},
     {"role": "assistant", "content": "I will keep that name like a lamp under a cloak."},
     {"role": "user", "content": "The red key opens the crypt below the chapel."},
     {"role": "assistant", "content": "Then keep it away from the abbot."},
@@ -28,6 +28,12 @@ def call(running, method: str, path: str, **options) -> httpx.Response:
 def hits(folder, word: str = SECRET) -> list[str]:
     """The files below a folder that hold a word, as text or inside JSON."""
     return [str(f) for f in folder.rglob("*") if f.is_file() and word.encode() in f.read_bytes()]
+
+
+def keys(chat) -> list[str]:
+    """The keys of all rows of a chat."""
+    with chat.store._database.use() as cache:
+        return list(cache.iterkeys())
 
 
 def told(running) -> list[dict]:
@@ -57,6 +63,8 @@ def test_words_that_are_forgotten_for_good_are_nowhere_on_the_disk(running, upst
     assert hits(data_dir)
     with running.server.memory.registry.borrow("tale") as chat:
         fingerprint, digest = chat.tree.nodes[row["id"]].fingerprint, chat.tree.nodes[row["id"]].digest
+        # Its vector, its sentences' vectors, and its reading, some of which the background makes.
+        wait_until(lambda: {"v", "q", "e"} <= {key[0] for key in keys(chat) if key.endswith(fingerprint)})
     answer = call(running, "DELETE", f"/messages/{row['id']}", params={"for_good": "on"})
     assert answer.json()["forgotten"] and answer.json()["erased"] and not answer.json()["content"]
     assert hits(data_dir) == []
