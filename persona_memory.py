@@ -5943,14 +5943,18 @@ class ChatStore:
         self.summaries: dict[str, Summary] = {}
         self.facts: dict[str, Fact] = {}
         self.told_changes += 1
-        if (kept := self._restore_tree(cache)) is None:
+        older = self.info and cache.get("format", 1) < STORE_FORMAT
+        kept = None if older else self._restore_tree(cache)
+        if kept is None:
             self._read_tree(cache)
-        if self.info and cache.get("format", 1) < STORE_FORMAT:
+        if older:
             self._upgrade(cache)
         told = {**stored_rows(cache, "k:"), **stored_rows(cache, "s:"), **stored_rows(cache, "f:")}
         told.pop(NEWER_ROW, None)
         for key, row in sorted(told.items(), key=lambda item: item[1].get("level", 0)):  # a summary's parts first
             self._take_over(key, row)
+        if kept is not None:
+            self._catch_up(cache)  # with what has changed since the tree was kept: a summary among that names others
         if kept is None or self._generation - kept > KEPT_GENERATIONS // 4:
             self.keep_tree()
 
@@ -5972,14 +5976,13 @@ class ChatStore:
                 log_event("orphan", f"Message {row['id']} has no place in its chat.", level=logging.WARNING)
 
     def _restore_tree(self, cache: SharedCache) -> int | None:
-        """Takes the tree that was kept, in a fourth of the time that reading all messages takes, and what has changed
-        since then; returns the generation that it was kept at, None where none was."""
+        """Takes the tree that was kept, in a fourth of the time that reading all messages takes; returns the generation
+        that it was kept at, which the chat is at then, and None where none was."""
         rules, generation, rows = self.derived("tree") or (0, 0, ())
         if rules != TREE_RULES or changes_between(cache, generation, self._generation) is None:
             return None
         self.tree, self._generation = Tree.of_rows(rows), generation
         self._next_order = 1 + max(node.order for node in self.tree.nodes.values())
-        self._catch_up(cache)
         return generation
 
     def _upgrade(self, cache: diskcache.Cache) -> None:

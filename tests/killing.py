@@ -38,7 +38,8 @@ def serve(given: pm.Settings) -> None:
 
 class Scene:
     """What clients were told, and what there is of it. `counts` holds how often something was `lost`, stood there
-    `twice`, was a `ghost`, or did `not open`; and how much was acknowledged."""
+    `twice`, was a `ghost`, did `not open`, or was `salvaged` from a file taken for damaged; and how much was
+    acknowledged."""
 
     def __init__(self, data: Path, upstream_url: str, embedders: list[str], number: int = 0):
         self.data, self.upstream_url, self.embedders = data, upstream_url, embedders
@@ -152,6 +153,7 @@ class Scene:
             for chat in [c for c in self.deleted if everything or c.startswith(f"doomed {self.round}-")]:
                 self.counts["undeleted"] += chat in {line["chat_id"] for line in listed}
             if everything:
+                self.counts["salvaged"] += sum(bool(line["salvaged"]) for line in listed)
                 raw = b"".join(file.read_bytes() for file in self.data.rglob("*") if file.is_file())
                 self.counts["undeleted"] += sum(text.encode() in raw for text in self.deleted.values())
 

@@ -2,7 +2,7 @@
 
 from killing import Scene
 
-WRONG = ("lost", "twice", "ghosts", "not open", "undeleted")
+WRONG = ("lost", "twice", "ghosts", "not open", "undeleted", "salvaged")
 
 
 def test_what_was_acknowledged_outlives_a_kill(upstream, data_dir):

@@ -152,6 +152,8 @@ def test_a_long_chat_is_opened_without_its_messages(store, monkeypatch):
     messages = chain(*(f"line {n}" for n in range(pm.LEAST_KEPT)), name="Ann", at=12.5)
     store.commit(messages)
     store.commit(marked=[replace(messages[3], content="other words", shown=messages[3].content)])
+    parts = [pm.new_summary(1, [m.digest for m in some], 0, "so far", 9, "m") for some in (messages[:4], messages[4:8])]
+    store.commit(summaries=parts)
     reopened(store).commit(info={"seen": 1})  # it reads all, and what is committed next keeps the tree
     (reply,) = chain("a reply", parent=messages[-1].id, confirmed=False)
     branch = chain("another branch", "goes on", "and is dropped", parent=messages[-9].id)
@@ -159,9 +161,14 @@ def test_a_long_chat_is_opened_without_its_messages(store, monkeypatch):
     store.commit(marked=[replace(messages[7], pinned=True), replace(messages[8], forgotten=True)])
     store.commit(dropped=[reply.id, branch[-1].id])
     store.commit([replace(reply, confirmed=True)])
+    both = pm.Stretch([(part.id, part.texts) for part in parts])  # its row names the others
+    fact = pm.Fact("f", "mule", "The mule is sold.", "line 0", messages[0].digest, 0, 3)
+    store.commit(summaries=[pm.new_summary(2, both, 0, "all so far", 9, "m")], facts=[fact])
     with monkeypatch.context() as patched:
         patched.setattr(pm, "message_rows_of", lambda cache: pytest.fail("all messages were read"))
-        assert state_of(reopened(store).tree) == state_of(store.tree)
+        again = reopened(store)
+    assert state_of(again.tree) == state_of(store.tree)
+    assert (again.summaries, again.facts, again.marks) == (store.summaries, store.facts, store.marks)
     for damaged in (b"no longer what it was", 5, "text"):
         put(store, "t:tree", damaged)
         assert state_of(reopened(store).tree) == state_of(store.tree)
