@@ -5925,7 +5925,10 @@ class ChatStore:
         with self._database.use() as cache:
             self._file = file_number(directory)
             try:
-                self._read_all(cache)
+                try:
+                    self._read_all(cache)
+                except SENSELESS:  # what is kept of the tree may be at fault
+                    self._read_all(cache, restores=False)
             except StoreError:
                 self._database.close()
                 raise
@@ -5933,7 +5936,7 @@ class ChatStore:
                 self._database.close()
                 raise damage_of(directory, error) from error
 
-    def _read_all(self, cache: diskcache.Cache) -> None:
+    def _read_all(self, cache: diskcache.Cache, restores: bool = True) -> None:
         if cache.get("format", STORE_FORMAT) > STORE_FORMAT:
             raise NewerFormat(NEWER)
         self._recent: OrderedDict[str, Message] = OrderedDict()
@@ -5944,7 +5947,7 @@ class ChatStore:
         self.facts: dict[str, Fact] = {}
         self.told_changes += 1
         older = self.info and cache.get("format", 1) < STORE_FORMAT
-        kept = None if older else self._restore_tree(cache)
+        kept = self._restore_tree(cache) if restores and not older else None
         if kept is None:
             self._read_tree(cache)
         if older:

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import threading
 import tracemalloc
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -169,7 +170,8 @@ def test_a_long_chat_is_opened_without_its_messages(store, monkeypatch):
         again = reopened(store)
     assert state_of(again.tree) == state_of(store.tree)
     assert (again.summaries, again.facts, again.marks) == (store.summaries, store.facts, store.marks)
-    for damaged in (b"no longer what it was", 5, "text"):
+    senseless = zlib.compress(json.dumps([pm.TREE_RULES, store.changes, [[-1, "no node"]]]).encode())
+    for damaged in (b"no longer what it was", 5, "text", senseless):
         put(store, "t:tree", damaged)
         assert state_of(reopened(store).tree) == state_of(store.tree)
 
