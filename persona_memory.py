@@ -3637,6 +3637,9 @@ UNUSED_BY_ENCODING = (
     "sklearn.metrics", "scipy.optimize", "scipy.sparse", "scipy.stats",
     "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op",
 )  # fmt: skip
+# What torch itself imports for its compilers, which follow a program by tensors without data: 50 MB, and a quarter of
+# the time. Where this process is another program's too, that may need it.
+UNUSED_BY_TORCH = ("torch._meta_registrations",) if __name__ == "__main__" else ()
 LATIN_END = "\u024f"
 MOST_SENTENCES = 64  # of a message that have vectors of their own; what stands behind is found by its chunk
 TOKEN_STEP = 8  # lengths that texts are filled up to, a multiple of this each
@@ -4255,18 +4258,26 @@ def load_sentence_transformer(name: str) -> Any:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a complete local copy needs no look at the hub
     # oneDNN, which reads this when it begins, keeps code for each number of tokens, and of a thousand kinds else.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_KERNELS))
-    import torch
-
-    # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     with model_loading:
+        with deferring_imports(UNUSED_BY_TORCH):
+            import torch
+
+        # Half of the cores: torch's threads wait for each other, and stall when a model on this machine takes the rest.
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
         try:
             with undistributed(), deferring_imports(UNUSED_BY_ENCODING):
                 return sentence_transformer(path, size)
         except Exception:  # another version, or another model, may need more of them
             for module in [m for m in sys.modules if m.partition(".")[0] in ("sentence_transformers", "transformers")]:
                 del sys.modules[module]
+            complete_torch()
             return sentence_transformer(path, size)
+
+
+def complete_torch() -> None:
+    """Imports what was left out of torch: models of other kinds may need it."""
+    for name in UNUSED_BY_TORCH:
+        importlib.import_module(name)
 
 
 def sentence_transformer(path: str, dimensions: int | None) -> Any:
@@ -4398,6 +4409,7 @@ class OwnModel:
     def model(self) -> Any:
         """The loaded model."""
         with model_loading:
+            complete_torch()
             return self._load()
 
     def _load(self) -> Any:
