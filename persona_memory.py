@@ -4266,7 +4266,9 @@ def load_sentence_transformer(name: str) -> Any:
         torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
         try:
             with undistributed(), deferring_imports(UNUSED_BY_ENCODING):
-                return sentence_transformer(path, size)
+                model = sentence_transformer(path, size)
+            model.encode(["?"], show_progress_bar=False)  # some import more when they are first at work
+            return model
         except Exception:  # another version, or another model, may need more of them
             for module in [m for m in sys.modules if m.partition(".")[0] in ("sentence_transformers", "transformers")]:
                 del sys.modules[module]
