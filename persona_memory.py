@@ -4577,15 +4577,16 @@ class Tree:
             self.children[node.parent].append(node.id)
         else:
             self._forget(node)
-            if node.id in (waiting := self.replies.get(node.parent, ())):
-                waiting.remove(node.id)
             self._confirmed -= old.confirmed
-            self.unshown.discard(node.id)
             self.marked.discard(node.id)
+        waits = node.id in self.unshown  # a reply that changes keeps its place among the others
         if node.confirmed:
             self._confirmed += 1
             self._inner.add(node.parent)
-        else:
+            if waits:
+                self.replies[node.parent].remove(node.id)
+                self.unshown.discard(node.id)
+        elif not waits:
             self.replies[node.parent].append(node.id)
             self.unshown.add(node.id)
         if marked:
@@ -5843,20 +5844,23 @@ def blobs_of(
 
 
 def vector_sets(
-    names: Sequence[str], counts: np.ndarray, lengths: np.ndarray, values: bytes, kind: type
+    cache: SharedCache, prefix: str, names: Collection[str], kind: type, counted: bool = False
 ) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
-    """The vectors under each name, of their counts and the lengths in bytes of their values (numbers of that `kind`),
-    which lie end to end: names, counts, and all vectors, [sum of counts, dimensions] of that kind; for each number of
-    dimensions once, that of the most names first. A name is left out whose bytes hold no such count."""
-    width, ends = np.dtype(kind).itemsize, np.cumsum(lengths)
-    sizes = lengths // np.maximum(counts * width, 1)
-    sizes[sizes * counts * width != lengths] = 0
-    for size, _ in Counter(sizes[sizes > 0].tolist()).most_common():
-        mine, own, raw, names_here = np.flatnonzero(sizes == size), counts, values, names
-        if len(mine) < len(names):
-            raw = b"".join(values[ends[i] - lengths[i] : ends[i]] for i in mine.tolist())
-            names_here, own = [names[i] for i in mine.tolist()], counts[mine]
-        yield names_here, own, np.frombuffer(raw, kind).reshape(-1, size)
+    """The vectors (numbers of that `kind`) under those keys with a prefix, one each or, `counted`, as many as the first
+    bytes say, hundreds at a time and each number of dimensions by itself: names, counts (int64 [names]), and all
+    vectors, [sum of counts, dimensions] of that kind. A name is left out whose bytes hold no such count."""
+    head, width = SET_HEAD if counted else 0, np.dtype(kind).itemsize
+    for found, lengths, heads, values in blobs_of(cache, prefix, names, head):
+        counts = np.frombuffer(heads, "<u4").astype(np.int64) if counted else np.ones_like(lengths)
+        lengths = lengths - head
+        ends, sizes = np.cumsum(lengths), lengths // np.maximum(counts * width, 1)
+        sizes[sizes * counts * width != lengths] = 0
+        for size, _ in Counter(sizes[sizes > 0].tolist()).most_common():  # that of the most names first
+            mine, of_size, own, raw = np.flatnonzero(sizes == size), found, counts, values
+            if len(mine) < len(found):
+                raw = b"".join(values[ends[i] - lengths[i] : ends[i]] for i in mine.tolist())
+                of_size, own = [found[i] for i in mine.tolist()], counts[mine]
+            yield of_size, own, np.frombuffer(raw, kind).reshape(-1, size)
 
 
 def whole_sets(
@@ -5886,6 +5890,17 @@ def vector_codes(vectors: np.ndarray) -> np.ndarray:
 def are_codes(rows: np.ndarray) -> np.ndarray:
     """Which rows can be `vector_codes`: bool [rows]."""
     return np.maximum(rows.max(axis=1), -rows.min(axis=1).astype(np.int16)) == 127
+
+
+def delete_arrays(cache: SharedCache, messages: Sequence[Message], tree: Tree) -> None:
+    """Deletes the vectors and readings of the messages' texts, those of texts that stand elsewhere in the tree
+    excepted, and all derived rows: they hold many messages' words, and are soon made again."""
+    texts = {text_fingerprint(m.name, text) for m in messages for text in (m.content, m.original)}
+    texts -= {f for n in tree.nodes.values() for f in (n.fingerprint, n.shown)}
+    keys = cache._sql("SELECT key FROM Cache WHERE substr(key, 1, 2) IN ('v:', 'q:', 'c:', 'e:', 't:')")
+    for (key,) in keys.fetchall():
+        if (key[:2] == "t:" and messages) or text_of_key(key.rpartition(":")[2]) in texts:
+            cache.delete(key)
 
 
 def message_rows_of(cache: SharedCache) -> Iterator[dict]:
@@ -6091,13 +6106,12 @@ class ChatStore:
         if keys is None:  # too far behind
             self._read_all(cache)
             return
-        dropped: dict[str, bool] = {}
-        for key in keys:  # the newest change of each decides, in its place: what came back may hang under what is new
-            dropped.pop(name := key.removeprefix("d:"), None)
-            dropped[name] = key.startswith("d:")
-        self._drop([key for key, gone in dropped.items() if gone and key in self.tree.nodes])
+        # The newest change of each decides; what was dropped and came back has a new place.
+        dropped = {key.removeprefix("d:"): key.startswith("d:") for key in keys}
+        self._drop({key[2:] for key in keys if key.startswith("d:")} & self.tree.nodes.keys())
         rows = [(key, read_json(cache, row_key(key))) for key, gone in dropped.items() if not gone]
-        for key, row in sorted(rows, key=lambda item: item[1].get("level", 0)):  # a summary's parts first
+        # Parents first, and a summary's parts: a message may have been changed after what hangs under it came.
+        for key, row in sorted(rows, key=lambda item: item[1].get("order", item[1].get("level", 0))):
             self._take_over(key, row)
         self.info = read_json(cache, "info")
         self._generation = newest
@@ -6173,7 +6187,7 @@ class ChatStore:
                 self._recent.update((m.id, m) for m in messages)
             self._drop(dropped)
 
-    def _drop(self, ids: Sequence[str]) -> None:
+    def _drop(self, ids: Collection[str]) -> None:
         self.tree.drop(ids)
         for message in ids:
             self._recent.pop(message, None)
@@ -6206,18 +6220,8 @@ class ChatStore:
                     summaries=[replace(s, text="", tokens=0, stale=True) for s in told],
                     facts=[replace(f, about="", text="", quote="", forgotten=True) for f in held],
                 )
-                self._delete_arrays(cache, gone)
+                delete_arrays(cache, gone, self.tree)
             cache._sql("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def _delete_arrays(self, cache: SharedCache, messages: Sequence[Message]) -> None:
-        """Deletes the vectors and readings of the messages' texts, those of texts that stand elsewhere excepted, and
-        all derived rows: they hold many messages' words, and are soon made again."""
-        texts = {text_fingerprint(m.name, text) for m in messages for text in (m.content, m.original)}
-        texts -= {f for n in self.tree.nodes.values() for f in (n.fingerprint, n.shown)}
-        keys = cache._sql("SELECT key FROM Cache WHERE substr(key, 1, 2) IN ('v:', 'q:', 'c:', 'e:', 't:')")
-        for (key,) in keys.fetchall():
-            if (key[:2] == "t:" and messages) or text_of_key(key.rpartition(":")[2]) in texts:
-                cache.delete(key)
 
     def _with_marks(
         self, cache: diskcache.Cache, messages: Sequence[Message], marks: Mapping[str, Mapping[str, Mark]]
@@ -6288,9 +6292,10 @@ class ChatStore:
     def vector_rows(self, embedder: str, keys: Collection[str]) -> Iterator[tuple[Sequence[str], np.ndarray]]:
         """The stored vectors of those keys, hundreds at a time: keys, and float32 [keys, dimensions]; those that are
         not of unit length are left out."""
-        for names, counts, rows in self._vector_sets(f"v:{embedder}:", keys, np.float32):
-            found, _, rows = whole_sets(names, counts, rows, of_unit_length(rows, 2e-3))
-            yield found, rows
+        with self._database.use() as cache:
+            for names, counts, rows in vector_sets(cache, f"v:{embedder}:", keys, np.float32):
+                found, _, rows = whole_sets(names, counts, rows, of_unit_length(rows, 2e-3))
+                yield found, rows
 
     def sentence_codes(
         self, embedder: str, hashes: Collection[str]
@@ -6298,25 +6303,16 @@ class ChatStore:
         """The stored vectors of the sentences of texts, by text hash, hundreds at a time: hashes, how many vectors each
         has, and all of them as `vector_codes`."""
         left = dict.fromkeys(hashes)
-        for names, counts, rows in self._vector_sets(f"q:{embedder}:", hashes, np.int8, counted=True):
-            found = whole_sets(names, counts, rows, are_codes(rows))
-            for name in found[0]:
-                del left[name]
-            yield found
-        for names, counts, halves in self._vector_sets(f"c:{embedder}:", left, np.float16, counted=True):
-            rows = halves.astype(np.float32)
-            found, counts, rows = whole_sets(names, counts, rows, of_unit_length(rows, 2e-2))
-            yield found, counts, vector_codes(rows)
-
-    def _vector_sets(
-        self, prefix: str, keys: Collection[str], kind: type, counted: bool = False
-    ) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:  # fmt: skip
-        """The `vector_sets` under those keys: one vector each, or, `counted`, as many as the first bytes say."""
-        head = SET_HEAD if counted else 0
         with self._database.use() as cache:
-            for names, lengths, heads, values in blobs_of(cache, prefix, keys, head):
-                counts = np.frombuffer(heads, "<u4").astype(np.int64) if counted else np.ones_like(lengths)
-                yield from vector_sets(names, counts, lengths - head, values, kind)
+            for names, counts, rows in vector_sets(cache, f"q:{embedder}:", hashes, np.int8, counted=True):
+                found = whole_sets(names, counts, rows, are_codes(rows))
+                for name in found[0]:
+                    del left[name]
+                yield found
+            for names, counts, halves in vector_sets(cache, f"c:{embedder}:", left, np.float16, counted=True):
+                rows = halves.astype(np.float32)
+                found, counts, rows = whole_sets(names, counts, rows, of_unit_length(rows, 2e-2))
+                yield found, counts, vector_codes(rows)
 
     def vectors(self, embedder: str, hashes: Iterable[str]) -> dict[str, np.ndarray]:
         """The stored vectors of those text hashes, float32; those without one of unit length are left out."""

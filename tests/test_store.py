@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import sqlite3
+import tempfile
 import threading
 import tracemalloc
 import zlib
@@ -174,6 +175,66 @@ def test_a_long_chat_is_opened_without_its_messages(store, monkeypatch):
     for damaged in (b"no longer what it was", 5, "text", senseless):
         put(store, "t:tree", damaged)
         assert state_of(reopened(store).tree) == state_of(store.tree)
+
+
+def told_of(store) -> tuple:
+    """All that a store knows of its chat."""
+    return *state_of(store.tree), store.summaries, store.facts, store.marks, store.info
+
+
+def work(store, kind: str, number: int) -> None:
+    """Does something of that kind with a chat, `number` choosing with what."""
+    store.catch_up()
+    nodes = list(store.tree.nodes)
+    (message,) = store.read([nodes[number % len(nodes)]])
+    texts = [store.tree.nodes[i].digest for i in store.tree.path(message.id)]
+    match kind:
+        case "say" | "answer":
+            said = chain(f"line {number % 7}", parent=message.id, confirmed=kind == "say")
+            store.commit(said if kind == "say" or said[0].id not in nodes else ())
+        case "pin" | "forget":
+            store.commit(marked=[replace(message, pinned=kind == "pin", forgotten=kind == "forget")])
+        case "reword":
+            store.commit(marked=[replace(message, content=f"other words {number}", shown=message.original)])
+        case "drop":
+            waiting = [i for i in store.tree.unshown if not store.tree.children.get(i)]
+            store.commit(dropped=sorted(waiting)[:1])
+        case "summarise":
+            store.commit(summaries=[pm.new_summary(1, texts, 0, "so far", 9, "m")])
+        case "sum up":
+            parts = [part for part in store.summaries.values() if part.level == 1][: 1 + number % 3]
+            both = pm.Stretch([(part.id, part.texts) for part in parts])
+            store.commit(summaries=[pm.new_summary(2, both, 0, "all", 9, "m")] if parts else [])
+        case "learn":
+            store.commit(facts=[pm.Fact(f"f{number}", "it", "It is so.", "line", message.digest, 0, 3)])
+        case "erase":
+            store.erase([store.tree.nodes[i].digest for i in store.tree.marked if store.tree.nodes[i].forgotten])
+        case "keep":
+            store.keep_tree()
+            store.commit(info={"seen": number})
+
+
+WORK = ("say", "answer", "pin", "forget", "reword", "drop", "summarise", "sum up", "learn", "erase", "keep")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(WORK), st.integers(0, 99)), max_size=30))
+def test_a_chat_that_is_opened_is_the_one_that_was_written(done):
+    """By two processes, whatever they did, and whenever its tree was kept; and the same as without what was kept."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pm, "LEAST_KEPT", 1)
+        stores = [pm.ChatStore(Path(folder) / "chat") for _ in range(2)]
+        stores[0].commit(chain("one", "two"), {"chat_id": "chat"})
+        for second, kind, number in done:
+            work(stores[second], kind, number)
+        for store in stores:
+            store.catch_up()
+        assert told_of(stores[0]) == told_of(stores[1])
+        opened = [pm.ChatStore(Path(folder) / "chat")]
+        put(stores[0], "t:tree", b"")
+        opened.append(pm.ChatStore(Path(folder) / "chat"))
+        assert told_of(opened[0]) == told_of(opened[1]) == told_of(stores[0])
+        for store in (*stores, *opened):
+            store.close()
 
 
 def test_the_tree_knows_its_branches_and_replies():
