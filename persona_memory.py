@@ -4279,7 +4279,8 @@ def load_sentence_transformer(name: str) -> Any:
 def complete_torch() -> None:
     """Imports what was left out of torch: models of other kinds may need it."""
     for name in UNUSED_BY_TORCH:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # another version has it elsewhere
+            importlib.import_module(name)
 
 
 def sentence_transformer(path: str, dimensions: int | None) -> Any:
